@@ -1,0 +1,123 @@
+"""Which implementations exist, which are usable here, and which one serves a call."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+IMPLEMENTATIONS = ("cuda", "triton", "eager", "reference")  # in "auto"'s order of preference
+
+FUNCTIONS = (
+    "gated_sdpa",
+    "ls_attention",
+    "diag_attention",
+    "gated_linear_attention",
+    "norm_linear_attention",
+    "attention_decode",
+    "linear_attention_decode",
+)
+
+# Functions with kernels: filled as kernels/ and csrc/ gain them.
+TRITON_FUNCTIONS: frozenset[str] = frozenset()
+CUDA_FUNCTIONS: frozenset[str] = frozenset()
+
+
+class Availability(NamedTuple):
+    """Whether an implementation can be used on this machine, and if not, why."""
+
+    usable: bool
+    reason: str
+
+
+def implementations() -> dict[str, dict[str, Availability]]:
+    """Lists, per function, the implementations that are usable here and why the others are not.
+
+    Returns:
+        ``{function: {implementation: Availability(usable, reason)}}`` with the implementations in
+        the order in which ``impl="auto"`` prefers them.
+    """
+    return {
+        function: {impl: _availability(function, impl) for impl in IMPLEMENTATIONS}
+        for function in FUNCTIONS
+    }
+
+
+def select(function: str, impl: str, device: torch.device) -> str:
+    """Resolves ``impl`` for tensors on ``device``; an explicit choice never falls back.
+
+    Raises:
+        ValueError: ``impl`` is not a known name.
+        NotImplementedError: the explicit choice cannot serve the call; says what can.
+    """
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        listing = ", ".join(repr(name) for name in ("auto", *IMPLEMENTATIONS))
+        raise ValueError(f"{function}: impl must be one of {listing}, got {impl!r}")
+    if impl in ("eager", "reference"):
+        return impl
+    if impl == "auto":
+        return next(name for name in IMPLEMENTATIONS if not _obstacle(function, name, device))
+    obstacle = _obstacle(function, impl, device)
+    if obstacle:
+        usable = [name for name in IMPLEMENTATIONS if not _obstacle(function, name, device)]
+        raise NotImplementedError(
+            f"{function}: impl={impl!r} cannot serve this call: {obstacle}. "
+            f"These can: {', '.join(repr(name) for name in usable)}, or 'auto'"
+        )
+    return impl
+
+
+def _availability(function: str, impl: str) -> Availability:
+    reason = _missing(function, impl)
+    if reason:
+        return Availability(False, reason)
+    return Availability(True, "plain PyTorch, any device" if impl == "eager" else _note(impl))
+
+
+def _note(impl: str) -> str:
+    return {
+        "reference": "the definition in plain PyTorch, any device",
+        "triton": "Triton's interpreter on CPU tensors" if _interpreting() else "CUDA tensors",
+        "cuda": "CUDA tensors",
+    }[impl]
+
+
+def _missing(function: str, impl: str) -> str:
+    """Why ``impl`` cannot be used on this machine at all; empty where it can."""
+    if impl == "triton":
+        if function not in TRITON_FUNCTIONS:
+            return "this version has no Triton kernel for it"
+        if importlib.util.find_spec("triton") is None:
+            return "the triton package is not installed (pip install triton)"
+        if not torch.cuda.is_available() and not _interpreting():
+            return "no CUDA device (set TRITON_INTERPRET=1 before import to run it on a CPU)"
+    if impl == "cuda":
+        if function not in CUDA_FUNCTIONS:
+            return "this version has no CUDA C++ kernel for it"
+        if importlib.util.find_spec("attnvariants._C") is None:
+            return (
+                "the extension is not built (with a CUDA torch and nvcc: "
+                "pip install --no-build-isolation -e .)"
+            )
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+    return ""
+
+
+def _obstacle(function: str, impl: str, device: torch.device) -> str:
+    """Why ``impl`` cannot serve tensors on ``device``; empty where it can."""
+    missing = _missing(function, impl)
+    if missing:
+        return missing
+    on_cuda = device.type == "cuda"
+    if (impl == "cuda" and not on_cuda) or (
+        impl == "triton" and not on_cuda and not _interpreting()
+    ):
+        return f"it takes CUDA tensors, got {device}"
+    return ""
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

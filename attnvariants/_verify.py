@@ -1,0 +1,150 @@
+"""Comparison of an implementation with the float64 definition, under a budget from the data.
+
+The budget is never chosen by hand: an error may be at most twice the error that the definition
+makes when plain PyTorch runs it op by op in the same precision, plus one rounding of the result.
+The tests, ``python -m attnvariants --check`` and ``python -m bench verify`` all judge by it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Log-decays and states stay in float32 where the other inputs are bf16 or fp16.
+_AT_LEAST_FLOAT32 = frozenset({"g", "decay", "initial_state"})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest absolute error of one output or gradient, and what was allowed."""
+
+    name: str
+    error: float
+    budget: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.budget  # False for NaN
+
+
+def compare(
+    function: str,
+    tensors: Mapping[str, Tensor | None],
+    options: Mapping[str, Any] | None = None,
+    *,
+    impl: str,
+    dtype: torch.dtype,
+    gradients: bool = True,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Runs ``function`` forward and backward and compares every output and every gradient.
+
+    Args:
+        function: name of a public function.
+        tensors: its tensor arguments; floating ones are rounded to ``dtype`` first, so that the
+            exact run sees the same numbers.
+        options: its other arguments, without ``impl``.
+        impl: the implementation under test.
+        dtype: working precision.
+        gradients: compare the gradients of every floating input too.
+        seed: of the random cotangents.
+    """
+    options = dict(options or {})
+    working = {name: _round(name, tensor, dtype) for name, tensor in tensors.items()}
+    exact = {name: _widen(tensor) for name, tensor in working.items()}
+    public = getattr(importlib.import_module("attnvariants"), function)
+    home = importlib.import_module(f"attnvariants.reference.{function}")
+    definition = getattr(home, function)
+
+    def run(call: Callable[..., Any], inputs: Mapping[str, Tensor | None], **extra: Any) -> Any:
+        return _run(call, inputs, {**options, **extra}, gradients, dtype, seed)
+
+    actual = run(public, working, impl=impl)
+    truth = run(definition, exact)
+    eager = run(definition, working, upcast=False)
+    return [judge(name, actual[name], truth[name], eager[name], dtype) for name in truth]
+
+
+def judge(
+    name: str, actual: Tensor, truth: Tensor, low_precision: Tensor, dtype: torch.dtype
+) -> Comparison:
+    """Compares ``actual`` with ``truth``, allowing twice the error of ``low_precision``."""
+    finite = truth[truth.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    rounding = torch.finfo(dtype).eps * largest
+    return Comparison(name, _error(actual, truth), 2 * _error(low_precision, truth) + rounding)
+
+
+def _error(actual: Tensor, truth: Tensor) -> float:
+    if actual.shape != truth.shape:
+        return float("nan")
+    actual = actual.detach().double()
+    difference = torch.where(actual == truth, 0.0, (actual - truth).abs())  # equal infinities: 0
+    return float(difference.max()) if difference.numel() else 0.0
+
+
+def _round(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    wide = name in _AT_LEAST_FLOAT32 and dtype in (torch.float16, torch.bfloat16)
+    rounded = tensor.detach().to(torch.float32 if wide else dtype)
+    return rounded if rounded is not tensor else tensor.detach()
+
+
+def _widen(tensor: Tensor | None) -> Tensor | None:
+    return tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+
+
+def _run(
+    call: Callable[..., Any],
+    inputs: Mapping[str, Tensor | None],
+    options: Mapping[str, Any],
+    gradients: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Calls forward (and backward) and returns every output and gradient by name."""
+    leaves = {
+        name: tensor.detach().requires_grad_(gradients)
+        for name, tensor in inputs.items()
+        if tensor is not None and tensor.is_floating_point()
+    }
+    result = call(**{**inputs, **leaves}, **options)
+    outputs = _name_outputs(result, options)
+    if not gradients:
+        return outputs
+    generator = torch.Generator().manual_seed(seed)
+    targets, cotangents = [], []
+    for name, output in outputs.items():
+        draw = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        if name in ("out", "state") and output.requires_grad:
+            targets.append(output)
+            rounded = draw.to(dtype if name == "out" else torch.float32)
+            cotangents.append(rounded.to(device=output.device, dtype=output.dtype))
+    found = torch.autograd.grad(targets, list(leaves.values()), cotangents, allow_unused=True)
+    for (name, leaf), gradient in zip(leaves.items(), found, strict=True):
+        outputs[f"d{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return outputs
+
+
+def _name_outputs(result: Any, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    parts = result if isinstance(result, tuple) else (result,)
+    names = ["out"]
+    if options.get("return_state"):
+        names.append("state")
+    if options.get("return_stats"):
+        names.append("stats")
+    outputs: dict[str, Tensor] = {}
+    for name, part in zip(names, parts, strict=True):
+        if name != "stats":
+            outputs[name] = part
+            continue
+        outputs["max_logit"] = part.max_logit
+        if part.lse is not None:
+            outputs["lse"] = part.lse
+    return outputs

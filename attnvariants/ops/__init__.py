@@ -1,0 +1,1 @@
+"""Public functions: validation, selection of the implementation, operators and autograd."""
