@@ -1,0 +1,1 @@
+"""The benchmark: correctness, speed and logit growth of the attention variants."""
