@@ -152,6 +152,34 @@ def positive_int(function: str, name: str, value: object) -> None:
         raise ValueError(f"{function}: {name} must be at least 1, got {value}")
 
 
+def head_dim(function: str, name: str, value: object) -> None:
+    """Requires an int from 1 to the largest head dim."""
+    positive_int(function, name, value)
+    if isinstance(value, int) and value > MAX_HEAD_DIM:
+        raise ValueError(f"{function}: {name} must be at most {MAX_HEAD_DIM}, got {value}")
+
+
+def dtype_option(
+    function: str, name: str, value: object, accepted: Sequence[torch.dtype] = FLOAT_DTYPES
+) -> None:
+    """Requires a dtype that is one of ``accepted``."""
+    listing = ", ".join(_short(dtype) for dtype in accepted)
+    if not isinstance(value, torch.dtype):
+        raise TypeError(
+            f"{function}: {name} must be a torch.dtype ({listing}), got {value!r} of type "
+            f"{type(value).__name__}"
+        )
+    if value not in accepted:
+        raise ValueError(f"{function}: {name} must be one of {listing}, got {_short(value)}")
+
+
+def recording() -> bool:
+    """Whether ``torch.compile`` or a CUDA graph records this call, to repeat it without checks."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def scale(function: str, name: str, value: float | None, default: float) -> float:
     """Requires a finite number, or takes ``default`` for ``None``."""
     if value is None:
