@@ -282,7 +282,7 @@ class Result:
     wall_seconds: float
     tokens_per_s: float
     parameters: int
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None  # CUDA only: on a CPU the process is mostly PyTorch itself
     stats_overhead: float | None  # time of a step with telemetry over one without, minus 1
 
 
