@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,5 +19,25 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnvariants::{name}", fake, lib=_library)
+
+
+def call_reference(definition: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
+    """Calls a definition, which chooses its own precision, with autocast off."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return definition(*tensors, **options)
+
+
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps autocast, which reaches into operators, out of an implementation."""
+
+    @functools.wraps(implementation)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return implementation(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return implementation(*args, **kwargs)
+
+    return run
