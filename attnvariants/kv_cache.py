@@ -179,7 +179,14 @@ class KVCache:
             ValueError: a shape, dtype or device does not fit the cache, or a row would grow past
                 ``max_length``.
         """
-        k, v = self.accept("KVCache.append", k, v, packed=cu_seqlens is not None)
+        shapes = self.shapes("KVCache.append")
+        if cu_seqlens is not None:
+            shapes.sizes["B"] = 1
+        shapes.bind("k", k, "B T Hkv K")
+        shapes.bind("v", v, "B T Hkv V")
+        _checks.same_device("KVCache.append", k=k, v=v, cache=self.k)
+        k, v = (x.detach() for x in _checks.autocast(k, v) if x is not None)
+        _checks.same_dtype("KVCache.append", k=k, v=v, cache=self.k)
         if cu_seqlens is not None:
             self._append_packed(k, v, cu_seqlens)
             return
@@ -205,23 +212,16 @@ class KVCache:
         self.lengths.add_(counts)
         self.advance(longest)
 
-    def accept(
-        self, function: str, k: Tensor, v: Tensor, *, packed: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Checks new keys and values against the cache, and returns them as they are stored."""
+    def shapes(self, function: str) -> _checks.Shapes:
+        """The sizes ``B``, ``Hkv``, ``K`` and ``V`` that tensors for this cache must have."""
         shapes = _checks.Shapes(function)
         shapes.sizes = {
-            "B": 1 if packed else self.batch_size,
+            "B": self.batch_size,
             "Hkv": self.num_kv_heads,
             "K": self.key_dim,
             "V": self.value_dim,
         }
-        shapes.bind("k", k, "B T Hkv K")
-        shapes.bind("v", v, "B T Hkv V")
-        k, v = (tensor.detach() for tensor in _checks.autocast(k, v) if tensor is not None)
-        _checks.same_dtype(function, k=k, v=v, cache=self.k)
-        _checks.same_device(function, k=k, v=v, cache=self.k)
-        return k, v
+        return shapes
 
     def reserve(self, function: str, count: int, counts: Tensor | int | None = None) -> None:
         """Refuses ``count`` more tokens per row, or ``counts`` by row, where they do not fit."""
@@ -237,7 +237,7 @@ class KVCache:
 
     def advance(self, count: int) -> None:
         """Keeps ``max_filled`` an upper bound after ``count`` more tokens per row."""
-        self._recorded = self._recorded or _checks.recording()
-        # A recorded call may be repeated without Python, so any length is possible from then on.
+        if _checks.recording():
+            self._recorded = True  # the call may be repeated without Python
         bound = self.max_length if self._recorded else self.max_filled + count
         self.max_filled = min(bound, self.max_length)

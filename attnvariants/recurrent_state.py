@@ -106,7 +106,7 @@ class RecurrentState:
 
     def advance(self, count: int) -> None:
         """Keeps ``max_filled`` an upper bound after ``count`` more tokens per row."""
-        self._recorded = self._recorded or _checks.recording()
-        # A recorded call may be repeated without Python, so any length is possible from then on.
+        if _checks.recording():
+            self._recorded = True  # the call may be repeated without Python
         bound = _LONGEST if self._recorded else self.max_filled + count
         self.max_filled = min(bound, _LONGEST)
