@@ -77,7 +77,7 @@ def attend(
     for name, flag in (("return_state", return_state), ("return_stats", return_stats)):
         _checks.flag(function, name, flag)
     scale = _checks.scale(function, "scale", scale, shapes["K"] ** -0.5)
-    options = _options(function, feature_map, causal, scale, norm, eps, gate_activation)
+    options = check_options(function, feature_map, causal, scale, norm, eps, gate_activation)
     if not causal and g is not None:
         raise ValueError(f"{function}: {g_name} counts back in time and takes causal=True")
 
@@ -110,7 +110,7 @@ def attend(
     return tuple(results) if len(results) > 1 else out
 
 
-def _options(
+def check_options(
     function: str,
     feature_map: str | None,
     causal: bool,
