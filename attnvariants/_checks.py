@@ -126,6 +126,17 @@ def same_device(function: str, **tensors: Tensor | None) -> None:
         raise ValueError(f"{function}: all tensors must be on one device, got {listing}")
 
 
+def writable(function: str, name: str, tensor: Tensor) -> None:
+    """Refuses a tensor to be updated in place whose entries share memory (``expand``)."""
+    if any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{function}: {name} is updated in place and must not be expanded, "
+            f"got strides {tensor.stride()}"
+        )
+
+
 def choice(function: str, name: str, value: object, options: Sequence[object]) -> None:
     """Requires ``value`` to be one of ``options``."""
     if value not in options:
