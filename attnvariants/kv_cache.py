@@ -39,33 +39,18 @@ def head_runs(capacities: Sequence[int]) -> list[HeadRun]:
     return runs
 
 
-def write(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    capacities: Sequence[int],
-    k: Tensor,
-    v: Tensor,
-) -> None:
-    """Writes new keys and values behind ``lengths``, in place, without advancing ``lengths``.
+def write(run: HeadRun, buffer: Tensor, lengths: Tensor, new: Tensor) -> None:
+    """Writes ``new [B, T, Hkv, D]`` behind ``lengths`` into ``buffer [B, slots, D]``, in place.
 
-    Position p of a head goes to its slot ``p mod capacity``. Of a step longer than a ring only
-    the last ``capacity`` tokens are written.
-
-    Args:
-        k_cache, v_cache: ``[B, slots, K]`` and ``[B, slots, V]``.
-        lengths: int32 ``[B]``, tokens already there.
-        capacities: slots of each KV head.
-        k, v: ``[B, T, Hkv, K]`` and ``[B, T, Hkv, V]``.
+    Only the heads of ``run`` are written, and ``lengths`` is not advanced. Position p goes to slot
+    ``p mod capacity`` of its head; of more tokens than slots only the last ones are written.
     """
-    batch, length = k.shape[:2]
-    rows = torch.arange(batch, device=k.device)[:, None]  # [B, 1]
-    for run in head_runs(capacities):
-        first = max(0, length - run.capacity)
-        steps = torch.arange(first, length, device=k.device)
-        slots = (lengths[:, None].long() + steps) % run.capacity  # [B, steps]
-        run.view(k_cache)[rows, :, slots] = k[:, first:, run.heads]
-        run.view(v_cache)[rows, :, slots] = v[:, first:, run.heads]
+    batch, length = new.shape[:2]
+    first = max(0, length - run.capacity)
+    steps = torch.arange(first, length, device=new.device)
+    slots = (lengths[:, None] + steps) % run.capacity  # [B, steps]
+    rows = torch.arange(batch, device=new.device)[:, None]
+    run.view(buffer)[rows, :, slots] = new[:, first:, run.heads]
 
 
 class KVCache:
@@ -191,7 +176,9 @@ class KVCache:
             self._append_packed(k, v, cu_seqlens)
             return
         self.reserve("KVCache.append", k.shape[1])
-        write(self.k, self.v, self.lengths, self.capacities, k, v)
+        for run in head_runs(self.capacities):
+            write(run, self.k, self.lengths, k)
+            write(run, self.v, self.lengths, v)
         self.lengths.add_(k.shape[1])
         self.advance(k.shape[1])
 
@@ -208,7 +195,9 @@ class KVCache:
         self.reserve("KVCache.append", longest, counts)
         for row, (start, end) in enumerate(itertools.pairwise(bounds)):
             k_row, v_row, length = (x[row : row + 1] for x in (self.k, self.v, self.lengths))
-            write(k_row, v_row, length, self.capacities, k[:, start:end], v[:, start:end])
+            for run in head_runs(self.capacities):
+                write(run, k_row, length, k[:, start:end])
+                write(run, v_row, length, v[:, start:end])
         self.lengths.add_(counts)
         self.advance(longest)
 

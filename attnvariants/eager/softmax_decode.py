@@ -37,21 +37,22 @@ def attend(
         The gated output ``[B, Q, H, V]``, and per query the largest visible logit and the log of
         the denominator, ``[B, Q, H]`` in float32 (float64 for float64 inputs).
     """
-    wide = state_dtype(v.dtype)
+    wide, steps = state_dtype(v.dtype), q.shape[1]
     queries = q.to(wide).mul(softmax_scale).unflatten(2, (k.shape[2], -1))  # [B, Q, Hkv, G, K]
     parts = []
     for run in head_runs(capacities):
-        keys, values = k[:, :, run.heads].to(wide), v[:, :, run.heads].to(wide)
-        parts.append(
-            _attend_run(
-                queries[:, :, run.heads],
-                (run.view(k_cache)[:, :, :max_filled].to(wide), keys.transpose(1, 2)),
-                (run.view(v_cache)[:, :, :max_filled].to(wide), values.transpose(1, 2)),
-                _visible(run, lengths, max_filled, q.shape[1]),
-            )
+        # A step of one token overwrites only a key that it no longer sees.
+        overwrites = steps > 1 and max_filled + steps > run.capacity
+        keys, values = (
+            _extended(run, buffer, lengths, new, max_filled + steps, overwrites)
+            for buffer, new in ((k_cache, k), (v_cache, v))
         )
-    write(k_cache, v_cache, lengths, capacities, k, v)
-    lengths.add_(q.shape[1])
+        held = _held(lengths, steps, run.capacity, overwrites)[:, : keys.shape[2]]  # [B, n]
+        position = lengths[:, None] + torch.arange(steps, device=q.device)  # [B, Q]
+        distance = position[:, :, None] - held[:, None]
+        visible = (held >= 0)[:, None] & (distance >= 0) & (distance < run.capacity)
+        parts.append(_softmax(queries[:, :, run.heads], keys.to(wide), values.to(wide), visible))
+    lengths.add_(steps)
     out, row_max, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
     if gate is not None:
         gate = gate.to(wide)
@@ -59,39 +60,43 @@ def attend(
     return out.to(v.dtype), row_max, lse
 
 
-def _attend_run(
+def _extended(
+    run: HeadRun, buffer: Tensor, lengths: Tensor, new: Tensor, filled: int, overwrites: bool
+) -> Tensor:
+    """Writes ``new`` and returns cached and new rows, ``[B, h, n, D]``: a view where it can be."""
+    view = run.view(buffer)
+    if overwrites:
+        view = torch.cat([view, new[:, :, run.heads].transpose(1, 2)], dim=2)
+    write(run, buffer, lengths, new)
+    return view if overwrites else view[:, :, :filled]
+
+
+def _held(lengths: Tensor, steps: int, capacity: int, overwrites: bool) -> Tensor:
+    """The position of every row of :func:`_extended`, negative where the slot is still empty.
+
+    Slot s of a ring holds the latest position that is s modulo the capacity.
+    """
+    step = torch.arange(steps, device=lengths.device)
+    last = lengths[:, None] - 1 + (0 if overwrites else steps)
+    held = last - (last - torch.arange(capacity, device=lengths.device)) % capacity
+    return torch.cat([held, lengths[:, None] + step], dim=1) if overwrites else held
+
+
+def _softmax(
     queries: Tensor,  # [B, Q, h, G, K]
-    keys: tuple[Tensor, Tensor],  # [B, h, n, K] cached, [B, h, Q, K] new
-    values: tuple[Tensor, Tensor],  # [B, h, n, V], [B, h, Q, V]
-    visible: Tensor,  # [B, Q, n + Q]
+    keys: Tensor,  # [B, h, n, K]
+    values: Tensor,  # [B, h, n, V]
+    visible: Tensor,  # [B, Q, n]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    steps, group = queries.shape[1], queries.shape[3]
-    queries = queries.permute(0, 2, 1, 3, 4).flatten(2, 3)  # [B, h, Q * G, K]
-    scores = torch.cat([queries @ part.mT for part in keys], dim=-1)  # [B, h, Q * G, n + Q]
-    hidden = ~visible.repeat_interleave(group, dim=1)[:, None]
-    scores = scores.masked_fill_(hidden, -torch.inf)
-    row_max = scores.amax(-1, keepdim=True)  # finite: a query sees at least its own key
-    p = scores.sub_(row_max).exp_()
+    rows = queries.shape[1], queries.shape[3]
+    queries = queries.transpose(1, 2).flatten(2, 3)  # [B, h, Q * G, K]
+    p = (queries @ keys.mT).unflatten(2, rows)  # [B, h, Q, G, n]
+    p = p.masked_fill_(~visible[:, None, :, None], -torch.inf)
+    row_max = p.amax(-1, keepdim=True)  # finite: a query sees at least its own key
+    p = p.sub_(row_max).exp_()
     denominator = p.sum(-1, keepdim=True)
-    old, new = p.split([p.shape[-1] - steps, steps], dim=-1)
-    out = (old @ values[0] + new @ values[1]) / denominator
-    lse = row_max + denominator.log()
+    out = (p.flatten(2, 3) @ values).unflatten(2, rows) / denominator
     out, row_max, lse = (
-        x.unflatten(2, (steps, group)).transpose(1, 2).flatten(2, 3) for x in (out, row_max, lse)
+        x.transpose(1, 2).flatten(2, 3) for x in (out, row_max, row_max + denominator.log())
     )
     return out, row_max.squeeze(-1), lse.squeeze(-1)
-
-
-def _visible(run: HeadRun, lengths: Tensor, max_filled: int, steps: int) -> Tensor:
-    """Which keys each query of the step sees, ``[B, Q, n + Q]``: cached slots, then new keys.
-
-    Positions are absolute. Slot s of a ring holds the latest position before ``length`` that is s
-    modulo the capacity; it is negative where the slot is still empty.
-    """
-    length = lengths[:, None].long()
-    slots = torch.arange(min(max_filled, run.capacity), device=lengths.device)
-    old = length - 1 - (length - 1 - slots) % run.capacity  # [B, n]
-    step = torch.arange(steps, device=lengths.device)
-    positions = torch.cat([old, length + step], dim=1)[:, None]  # [B, 1, n + Q]
-    distance = (length + step)[:, :, None] - positions
-    return (positions >= 0) & (distance >= 0) & (distance < run.capacity)
