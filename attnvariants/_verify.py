@@ -74,6 +74,7 @@ def judge(
     name: str, actual: Tensor, truth: Tensor, low_precision: Tensor, dtype: torch.dtype
 ) -> Comparison:
     """Compares ``actual`` with ``truth``, allowing twice the error of ``low_precision``."""
+    truth = truth.detach()
     finite = truth[truth.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     rounding = torch.finfo(dtype).eps * largest
