@@ -6,6 +6,7 @@ their own names.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -92,8 +93,8 @@ def growth_exponents(lrs: Sequence[float], peaks: Sequence[float]) -> list[float
     """Slopes of log(peak max logit) over log(learning rate) between neighbours in the grid."""
     points = list(zip(lrs, peaks, strict=True))
     return [
-        math.log(high / low) / math.log(lr_high / lr_low) if 0 < low and 0 < high else math.nan
-        for (lr_low, low), (lr_high, high) in zip(points, points[1:], strict=False)
+        math.log(high / low) / math.log(lr_high / lr_low) if min(low, high) > 0 else math.nan
+        for (lr_low, low), (lr_high, high) in itertools.pairwise(points)
     ]
 
 
