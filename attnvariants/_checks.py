@@ -40,9 +40,10 @@ class Shapes:
             letters = spec.split()
             if len(letters) != tensor.dim():
                 continue
-            for letter, size in zip(letters, tensor.shape, strict=True):
-                if self.sizes.setdefault(letter, size) != size:
-                    raise ValueError(self._mismatch(name, tensor, specs))
+            found = dict(zip(letters, tensor.shape, strict=True))
+            if any(self.sizes.get(letter, size) != size for letter, size in found.items()):
+                break
+            self.sizes |= found
             return spec
         raise ValueError(self._mismatch(name, tensor, specs))
 
