@@ -1,0 +1,92 @@
+"""``python -m bench report DIR``: the results in a folder as Markdown, plots and one web page.
+
+Reads ``environment.json``, ``verify.json``, ``speed.json`` and ``logits/``, whatever of them is
+there, and says what is missing. Writes ``report.md``, ``report.html`` and ``plots/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from bench.document import Bullets, to_markdown
+from bench.errors import BenchError
+from bench.metrics import summarise
+from bench.records import FOLDER, GRID_FILE, read_json, read_study
+from bench.results import Results
+
+PLOTS = "plots"
+STORY = "loss_and_logits"  # the one figure to show where there is room for one
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m bench report``."""
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        nargs="?",
+        type=Path,
+        default=Path("runs/latest"),
+        help="folder with the results (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--figure",
+        metavar="PNG",
+        type=Path,
+        help="also save the figure of loss and max logit against the learning rate here",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the report and prints its headlines."""
+    from bench import html, plot_style  # matplotlib: not needed by the other commands
+    from bench.sections import build
+
+    folder: Path = args.directory
+    document = build(load(folder))
+    plots = {plot.name: plot.figure for plot in document.plots()}
+    for name, figure in plots.items():
+        plot_style.save(figure, folder / PLOTS / name)
+    (folder / "report.md").write_text(to_markdown(document, PLOTS), encoding="utf-8")
+    (folder / "report.html").write_text(html.to_html(document), encoding="utf-8")
+    if args.figure:
+        if STORY not in plots:
+            raise BenchError(f"--figure: {folder} has no finished runs at two learning rates")
+        plot_style.save_png(plots[STORY], args.figure)
+    for block in document.sections[0].blocks:
+        if isinstance(block, Bullets):
+            print("\n".join(f"* {item.replace('`', '')}" for item in block.items))
+    print(f"written: {folder / 'report.html'}, report.md and {PLOTS}/ in the same folder")
+    return 0
+
+
+def load(directory: Path) -> Results:
+    """Reads every part of the results that is there.
+
+    Raises:
+        BenchError: there is none, or one is damaged.
+    """
+    if not directory.is_dir():
+        raise BenchError(f"{directory} is not a folder; give the --out folder of a benchmark run")
+
+    def part(name: str, *keys: str) -> dict[str, Any] | None:
+        path = directory / name
+        if not path.exists():
+            return None
+        content = read_json(path)
+        missing = [k for k in keys if not isinstance(content, dict) or k not in content]
+        if missing:
+            raise BenchError(f"{path} is damaged or of another version: it has no {missing[0]!r}")
+        return dict(content)
+
+    study = read_study(directory) if (directory / FOLDER / GRID_FILE).exists() else None
+    verify = part("verify.json", "environment", "rows", "not_run")
+    speed = part("speed.json", "environment", "rows")
+    if verify is None and speed is None and study is None:
+        raise BenchError(
+            f"{directory} holds no results (verify.json, speed.json, {FOLDER}/{GRID_FILE}); "
+            "run python -m bench first"
+        )
+    summary = summarise(study) if study else None
+    return Results(directory, part("environment.json"), verify, speed, study, summary)
