@@ -78,6 +78,7 @@ def load(source: str = "stdlib", limit: int = DEFAULT_BYTES) -> Corpus:
         train_bytes=split,
         val_bytes=len(data) - split,
         files=files,
+        source=source if source in _NAMED else path,
     )
     return Corpus(info, tokens[:split], tokens[split:])
 

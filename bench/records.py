@@ -166,6 +166,7 @@ class CorpusInfo:
     train_bytes: int
     val_bytes: int
     files: int
+    source: str = "stdlib"  # what --corpus takes to read it again
 
 
 @dataclass
