@@ -1,0 +1,260 @@
+"""The cases that ``python -m bench speed`` times, by device, and the peers they meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attnvariants import ls_window
+from bench.cases import DECODING, FORWARD, TRAINING, Case
+
+
+@dataclass(frozen=True)
+class SpeedCase:
+    """A call to time, in which modes, beside which peers (names in ``bench.peers``)."""
+
+    case: Case
+    modes: tuple[str, ...]
+    peers: tuple[str, ...]
+    sweep: bool = False  # a point of the curve "speed against length"
+
+
+_ATTENTION_PEERS = (
+    "sdpa",
+    "sdpa + gate",
+    "sdpa + gate, compiled",
+    "sdpa math",
+    "sdpa flash",
+    "sdpa efficient",
+    "sdpa cudnn",
+    "flex",
+    "fa3",
+    "fa4",
+)
+_LOCAL_PEERS = ("sdpa", "two calls", "flex", "fa3 two calls", "fa4 two calls")
+_GLA_PEERS = ("token loop", "sdpa", "fla chunk_gla")
+_SIMPLE_GLA_PEERS = ("token loop", "sdpa", "fla chunk_simple_gla")
+_NORM_PEERS = ("sdpa", "fla chunk_linear_attn")
+_DIAG_PEERS = ("sdpa", "sdpa in blocks")
+_DECODE_PEERS = ("sdpa decode", "fa3 decode")
+_LINEAR_DECODE_PEERS = ("plain step", "fla fused_recurrent_gla")
+
+
+def speed_cases(
+    device: str, *, quick: bool = False, lengths: Sequence[int] | None = None
+) -> list[SpeedCase]:
+    """The cases to time on ``device`` ("cpu" or "cuda"), the sweep over ``lengths`` last."""
+    if device == "cuda":
+        cases = _quick_gpu_cases() if quick else _gpu_cases()
+        heads, dim, shortest, longest = 16, 128, 1024, 16384 if quick else 65536
+    else:
+        cases = _quick_cpu_cases() if quick else _cpu_cases()
+        heads, dim, shortest, longest = 4, 64, *((512, 4096) if quick else (2048, 32768))
+    if lengths is None:
+        lengths = [shortest << n for n in range((longest // shortest).bit_length())]
+    return cases + _sweep(lengths, heads, dim, (FORWARD,) if quick else _BOTH)
+
+
+def _gated(batch: int, length: int, heads: int, dim: int) -> Case:
+    return Case(
+        "gated_sdpa",
+        f"gated B{batch} T{length} H{heads} D{dim}",
+        batch=batch,
+        length=length,
+        heads=heads,
+        key_dim=dim,
+        gate="elementwise",
+    )
+
+
+def _local(
+    length: int, heads: int, global_heads: int, window: int, dim: int, kv_heads: int | None = None
+) -> Case:
+    count = kv_heads or heads
+    return Case(
+        "ls_attention",
+        f"ls B1 T{length} H{heads}"
+        + (f"/{kv_heads}" if kv_heads else "")
+        + f" ({global_heads} global, window {window}) D{dim}",
+        length=length,
+        heads=heads,
+        kv_heads=kv_heads,
+        key_dim=dim,
+        options={"window": ls_window(count, count - global_heads, window)},
+    )
+
+
+def _gla(
+    batch: int, length: int, heads: int, key_dim: int, value_dim: int, g: str = "channel"
+) -> Case:
+    return Case(
+        "gated_linear_attention",
+        f"gla per {g} B{batch} T{length} H{heads} K{key_dim} V{value_dim}",
+        batch=batch,
+        length=length,
+        heads=heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        g=g,
+    )
+
+
+def _norm(batch: int, length: int, heads: int, key_dim: int, value_dim: int | None = None) -> Case:
+    values = value_dim or key_dim
+    return Case(
+        "norm_linear_attention",
+        f"norm B{batch} T{length} H{heads} K{key_dim} V{values}",
+        batch=batch,
+        length=length,
+        heads=heads,
+        key_dim=key_dim,
+        value_dim=values,
+    )
+
+
+def _diag(length: int, heads: int, dim: int) -> Case:
+    return Case(
+        "diag_attention",
+        f"diag B1 T{length} H{heads} D{dim} blocks of 64",
+        length=length,
+        heads=heads,
+        key_dim=dim,
+        options={"block_size": 64},
+    )
+
+
+def _decode(batch: int, cached: int, heads: int, dim: int, window: Any = None) -> Case:
+    kind = "full" if window is None else "ls"
+    return Case(
+        "attention_decode",
+        f"decode {kind} B{batch} T{cached} H{heads} D{dim}",
+        batch=batch,
+        length=1,
+        key_length=cached + 1,
+        heads=heads,
+        key_dim=dim,
+        gate="elementwise",
+        steps=(1,),
+        options={} if window is None else {"window": window},
+    )
+
+
+def _linear_decode(batch: int, heads: int, key_dim: int, value_dim: int) -> Case:
+    return Case(
+        "linear_attention_decode",
+        f"decode linear B{batch} H{heads} K{key_dim} V{value_dim}",
+        batch=batch,
+        length=1,
+        heads=heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        g="channel",
+        initial_state=True,
+        steps=(1,),
+    )
+
+
+_BOTH = (FORWARD, TRAINING)
+
+
+def _cpu_cases() -> list[SpeedCase]:
+    """The shapes of the project's goals, and what a CPU user meets around them."""
+    return [
+        SpeedCase(_gated(2, 2048, 8, 64), _BOTH, _ATTENTION_PEERS),
+        SpeedCase(_local(4096, 12, 1, 100, 64), _BOTH, _LOCAL_PEERS),
+        SpeedCase(_gla(1, 2048, 4, 64, 128), _BOTH, _GLA_PEERS),
+        SpeedCase(_gla(1, 32768, 4, 64, 128), _BOTH, ("fla chunk_gla",)),
+        SpeedCase(_gla(1, 2048, 4, 64, 128, "token"), _BOTH, _SIMPLE_GLA_PEERS),
+        SpeedCase(_norm(1, 2048, 8, 64), _BOTH, _NORM_PEERS),
+        SpeedCase(_norm(1, 32768, 8, 64), _BOTH, ("fla chunk_linear_attn",)),
+        SpeedCase(_diag(4096, 8, 64), _BOTH, _DIAG_PEERS),
+        *[SpeedCase(_decode(b, 4096, 8, 64), (DECODING,), _DECODE_PEERS) for b in (1, 8)],
+        SpeedCase(_decode(1, 4096, 12, 64, ls_window(12, 11, 100)), (DECODING,), _DECODE_PEERS),
+        *[
+            SpeedCase(_linear_decode(b, 8, 64, 128), (DECODING,), _LINEAR_DECODE_PEERS)
+            for b in (1, 8)
+        ],
+    ]
+
+
+def _quick_cpu_cases() -> list[SpeedCase]:
+    """Smaller, so that all of them take less than a minute."""
+    peers = tuple(
+        name for name in _ATTENTION_PEERS if name not in ("flex", "sdpa + gate, compiled")
+    )
+    local = tuple(name for name in _LOCAL_PEERS if name != "flex")
+    return [
+        SpeedCase(_gated(1, 1024, 8, 64), _BOTH, peers),
+        SpeedCase(_local(2048, 12, 1, 100, 64), _BOTH, local),
+        SpeedCase(_gla(1, 512, 4, 64, 128), _BOTH, _GLA_PEERS),
+        SpeedCase(_norm(1, 2048, 8, 64), _BOTH, _NORM_PEERS),
+        SpeedCase(_diag(2048, 8, 64), _BOTH, _DIAG_PEERS),
+        SpeedCase(_decode(1, 4096, 8, 64), (DECODING,), _DECODE_PEERS),
+        SpeedCase(_decode(1, 4096, 12, 64, ls_window(12, 11, 100)), (DECODING,), _DECODE_PEERS),
+        SpeedCase(_linear_decode(1, 8, 64, 128), (DECODING,), _LINEAR_DECODE_PEERS),
+    ]
+
+
+def _gpu_cases() -> list[SpeedCase]:
+    """Published shapes: the six of fla's benchmark registry, TFLA's, and those of the papers."""
+    registry = (
+        (1, 8192, 96, 128),
+        (2, 16384, 16, 128),
+        (4, 2048, 16, 128),
+        (4, 4096, 64, 128),
+        (8, 1024, 8, 64),
+        (8, 2048, 32, 256),
+    )
+    attention = ((4, 4096, 16, 128), (4, 16384, 16, 128), (4, 4096, 16, 64), (4, 8192, 8, 256))
+    gla = ((8, 4096, 16, 64, 128), (1, 65536, 16, 128, 128), (8, 4096, 4, 128, 256))
+    return [
+        *[SpeedCase(_gated(*shape), _BOTH, _ATTENTION_PEERS) for shape in attention],
+        SpeedCase(_local(2048, 6, 1, 50, 32), _BOTH, _LOCAL_PEERS),
+        SpeedCase(_local(8192, 12, 1, 100, 64), _BOTH, _LOCAL_PEERS),
+        SpeedCase(_local(32768, 12, 1, 100, 64), _BOTH, _LOCAL_PEERS),
+        SpeedCase(_local(8192, 20, 4, 100, 64), _BOTH, _LOCAL_PEERS),
+        SpeedCase(_local(8192, 32, 2, 512, 128, kv_heads=8), _BOTH, _LOCAL_PEERS),
+        *[SpeedCase(_gla(*shape), _BOTH, _GLA_PEERS[1:]) for shape in gla],
+        *[SpeedCase(_gla(b, t, h, d, d), _BOTH, _GLA_PEERS[1:]) for b, t, h, d in registry],
+        *[SpeedCase(_gla(*s, "token"), _BOTH, _SIMPLE_GLA_PEERS[1:]) for s in gla],
+        *[SpeedCase(_norm(*shape), _BOTH, _NORM_PEERS) for shape in gla],
+        *[SpeedCase(_norm(*shape), _BOTH, _NORM_PEERS) for shape in registry],
+        SpeedCase(_diag(16384, 16, 128), _BOTH, _DIAG_PEERS),
+        *[SpeedCase(_decode(b, 4096, 16, 128), (DECODING,), _DECODE_PEERS) for b in (1, 8, 64)],
+        SpeedCase(_decode(1, 65536, 16, 128), (DECODING,), _DECODE_PEERS),
+        *[
+            SpeedCase(_decode(b, 4096, 16, 128, ls_window(16, 8, 512)), (DECODING,), _DECODE_PEERS)
+            for b in (1, 8, 64)
+        ],
+        *[
+            SpeedCase(_linear_decode(b, 16, 128, 128), (DECODING,), _LINEAR_DECODE_PEERS)
+            for b in (1, 8, 64, 256)
+        ],
+    ]
+
+
+def _quick_gpu_cases() -> list[SpeedCase]:
+    return [
+        SpeedCase(_gated(4, 4096, 16, 128), _BOTH, _ATTENTION_PEERS),
+        SpeedCase(_local(8192, 12, 1, 100, 64), _BOTH, _LOCAL_PEERS),
+        SpeedCase(_gla(8, 4096, 16, 64, 128), _BOTH, _GLA_PEERS[1:]),
+        SpeedCase(_norm(8, 4096, 16, 64, 128), _BOTH, _NORM_PEERS),
+        SpeedCase(_decode(8, 4096, 16, 128), (DECODING,), _DECODE_PEERS),
+        SpeedCase(_linear_decode(8, 16, 128, 128), (DECODING,), _LINEAR_DECODE_PEERS),
+    ]
+
+
+def _sweep(lengths: Sequence[int], heads: int, dim: int, modes: tuple[str, ...]) -> list[SpeedCase]:
+    """Every variant and plain attention over the length, all with the same heads."""
+    return [
+        SpeedCase(case, modes, peers, sweep=True)
+        for length in lengths
+        for case, peers in (
+            (_gated(1, length, heads, dim), ("sdpa",)),
+            (_local(length, heads, 1, 100, dim), ()),
+            (_gla(1, length, heads, dim, dim), ()),
+            (_norm(1, length, heads, dim), ()),
+            (_diag(length, heads, dim), ()),
+        )
+    ]
