@@ -93,6 +93,7 @@ class RecurrentState:
         shapes.bind("state", state, "B H K V")
         _checks.dtype_among("RecurrentState.update", "state", state, [self.dtype])
         _checks.same_device("RecurrentState.update", state=state, buffer=self.state)
+        _checks.positive_int("RecurrentState.update", "length", length)
         if cu_seqlens is not None:
             _checks.cu_seqlens("RecurrentState.update", cu_seqlens, 1)
             if cu_seqlens.numel() != self.batch_size + 1:
