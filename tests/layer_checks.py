@@ -170,6 +170,17 @@ def autocast_backward_reaches_everything(layer: nn.Module, x: Tensor) -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
+def steps_compile(layer: nn.Module, x: Tensor) -> None:
+    """A decode step is one graph too."""
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        cache = layer.init_cache(x.shape[0], x.shape[1])
+        found = [layer(x[:, :-3], cache=cache)]
+        found += [compiled(new, cache=cache) for new in x[:, -3:].split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(found, dim=1), layer(x))
+
+
 def compiles(layer: nn.Module, x: Tensor, **options: Any) -> None:
     """One graph, forward and backward, with the results of the plain call."""
     torch._dynamo.reset()

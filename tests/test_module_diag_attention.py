@@ -186,3 +186,7 @@ def test_refused_calls() -> None:
     with pytest.raises(ValueError, match="max_length=8"):
         layer(x, cache=cache)
     assert cache.lengths.tolist() == [5, 5]
+
+
+def test_steps_compile() -> None:
+    checks.steps_compile(make(**VARIANTS["LRPE"]), checks.tokens(2, 9, 32))

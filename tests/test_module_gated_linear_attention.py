@@ -188,3 +188,7 @@ def test_refused_calls() -> None:
     layer(x, cache=cache)
     with pytest.raises(ValueError, match="take an empty cache"):
         layer(x, cache=cache, padding_mask=torch.ones(2, 5, dtype=torch.bool))
+
+
+def test_steps_compile() -> None:
+    checks.steps_compile(make(num_kv_heads=2), checks.tokens(2, 9, 32))

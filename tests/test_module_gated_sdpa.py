@@ -356,6 +356,10 @@ def test_refused_calls() -> None:
         layer(x[:1], cu_seqlens=bounds - 1)
     with pytest.raises(ValueError, match="cu_seqlens must start at 0 and end at"):
         layer(x[:1], cu_seqlens=torch.tensor([0, 3, 4]).int())
+    with pytest.raises(ValueError, match="x on cpu, cu_seqlens on meta"):
+        layer(x[:1], cu_seqlens=bounds.to("meta"))
+    with pytest.raises(ValueError, match="x on cpu, cache on meta"):
+        layer(x, cache=KVCache(2, 8, 2, 8, 8, device="meta"))
     with pytest.raises(TypeError, match="cache must be a KVCache, got RecurrentState"):
         layer(x, cache=RecurrentState(2, 4, 8, 8))
     with pytest.raises(
@@ -441,3 +445,7 @@ def test_refused_layouts() -> None:
         convert.split_official(torch.randn(64, 4), 4, 2, gate="both")
     with pytest.raises(ValueError, match="must be a multiple of num_kv_heads=3"):
         convert.hf_to_official(torch.randn(64, 4), 4, 3)
+
+
+def test_steps_compile() -> None:
+    checks.steps_compile(make(**VARIANTS["G1"]), checks.tokens(2, 9, 32))

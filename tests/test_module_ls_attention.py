@@ -195,3 +195,7 @@ def test_author_weights() -> None:
         torch.testing.assert_close((x @ weight.T).view(5, 4, 8), expected[:, part])
     with pytest.raises(ValueError, match="c_global_attn has 23 rows"):
         convert.split_long_short(local, rest[1:], head_dim=8)
+
+
+def test_steps_compile() -> None:
+    checks.steps_compile(make(**VARIANTS["gated"]), checks.tokens(2, 9, 32))

@@ -281,3 +281,7 @@ def test_refused_calls() -> None:
         bidirectional(x, cache=make().init_cache(1, 8))
     with pytest.raises(ValueError, match="cache has key_dim 8, this layer takes 16"):
         make(lrpe="concat")(x, cache=make().init_cache(1, 8))
+
+
+def test_steps_compile() -> None:
+    checks.steps_compile(make(**VARIANTS["LRPE"]), checks.tokens(2, 9, 32))

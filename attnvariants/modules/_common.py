@@ -80,7 +80,8 @@ class AttentionLayer(nn.Module):
             cu_seqlens: int32 ``[N + 1]``: bounds of ``N`` independent sequences packed along
                 ``T`` (``B == 1``).
             padding_mask: bool ``[B, T]``, true for real tokens, wherever they stand. Padding
-                changes nothing, counts as no position and comes out as 0.
+                changes nothing, counts as no position and comes out as 0. (The host waits for
+                it; ``cu_seqlens`` and no argument at all keep the call one graph.)
 
         Returns:
             ``y`` ``[B, T, C]``.
@@ -136,6 +137,7 @@ class AttentionLayer(nn.Module):
             shapes.bind("padding_mask", padding_mask, "B T")
             _checks.dtype_among(name, "padding_mask", padding_mask, [torch.bool])
         _checks.cu_seqlens(name, cu_seqlens, shapes["B"])
+        _checks.same_device(name, x=x, cu_seqlens=cu_seqlens, padding_mask=padding_mask)
         if cache is None:
             return
         rows = shapes["B"] if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -145,6 +147,7 @@ class AttentionLayer(nn.Module):
                     f"{name}: cache has {what} {found}, this layer takes {expected} "
                     f"(make caches with init_cache)"
                 )
+        _checks.same_device(name, x=x, cache=cache.lengths)
         if cache.batch_size != rows:
             raise ValueError(f"{name}: cache has batch_size {cache.batch_size}, x has {rows} rows")
         if cache.max_filled and (padding_mask is not None or cu_seqlens is not None):
