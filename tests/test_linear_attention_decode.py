@@ -1,0 +1,310 @@
+"""Decoding from a state gives what linear attention gives for the whole sequence."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from attnvariants import RecurrentState, linear_attention_decode
+from attnvariants._checks import state_dtype
+from attnvariants._verify import exact_and_error, round_to, within
+from attnvariants.reference.gated_linear_attention import gated_linear_attention
+from attnvariants.reference.linear_attention_decode import linear_attention_decode as definition
+from attnvariants.reference.norm_linear_attention import norm_linear_attention
+
+IMPLEMENTATIONS = ("eager", "reference")
+F32 = torch.float32
+PER_TOKEN = ("q", "k", "v", "gate")  # and g where it has a time axis
+
+
+def draw(batch: int, length: int, heads: int = 3, key_dim: int = 5, value_dim: int = 7) -> dict:
+    return {
+        "q": torch.randn(batch, length, heads, key_dim, dtype=torch.float64),
+        "k": torch.randn(batch, length, heads, key_dim, dtype=torch.float64),
+        "v": torch.randn(batch, length, heads, value_dim, dtype=torch.float64),
+    }
+
+
+def log_decay(shape: tuple[int, ...]) -> Tensor:
+    return -2 * torch.rand(shape, dtype=torch.float64) ** 3
+
+
+def cut(tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    return {
+        name: x[:, start:stop] if name in PER_TOKEN or (name == "g" and x.dim() > 1) else x
+        for name, x in tensors.items()
+    }
+
+
+def decode(
+    tensors: Mapping[str, Tensor],
+    steps: Sequence[int],
+    call: Callable[..., Tensor] = linear_attention_decode,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Steps from ``initial_state``, or from an empty state."""
+    inputs = dict(tensors)
+    initial, g = inputs.pop("initial_state", None), inputs.get("g")
+    batch, _, heads, key_dim = inputs["q"].shape
+    dtype = state_dtype(inputs["v"].dtype)
+    state = RecurrentState(batch, heads, key_dim, inputs["v"].shape[-1], dtype=dtype)
+    if initial is not None:
+        state.state.copy_(initial)
+    address, outputs = state.state.data_ptr(), []
+    for ends in itertools.pairwise(itertools.accumulate(steps, initial=0)):
+        step = cut(inputs, *ends) if g is not None else {**cut(inputs, *ends), "g": None}
+        outputs.append(call(**step, state=state, **options))
+    assert state.state.data_ptr() == address
+    assert state.lengths.tolist() == [sum(steps)] * batch
+    assert state.max_filled == sum(steps)
+    return {"out": torch.cat(outputs, dim=1), "state": state.state}
+
+
+def whole(tensors: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """The whole sequence in float64: with a feature map by the masked left product."""
+    inputs = {name: x.double() for name, x in tensors.items()}
+    g = inputs.pop("g", None)
+    if "feature_map" in options:
+        result = norm_linear_attention(**inputs, decay=g, return_state=True, **options)
+    else:
+        result = gated_linear_attention(**inputs, g=g, return_state=True, **options)
+    return dict(zip(("out", "state"), result, strict=True))
+
+
+def assert_decodes(
+    tensors: Mapping[str, Tensor],
+    steps: Sequence[int],
+    dtype: torch.dtype = F32,
+    *,
+    impl: str = "eager",
+    **options: Any,
+) -> None:
+    """Steps against the whole sequence, within twice the error of the plain recurrence."""
+    working = {name: round_to(name, tensor, dtype) for name, tensor in tensors.items()}
+    truth = whole(working, **options)
+    if "feature_map" in options:
+        options["scale"] = 1.0
+    actual = decode(working, steps, impl=impl, **options)
+    _, errors = exact_and_error(
+        lambda inputs, _: decode(inputs, steps, definition, upcast=False, **options),
+        working,
+        dtype,
+    )
+    assert actual["out"].dtype == dtype
+    assert actual["state"].dtype == state_dtype(dtype)
+    rows = [within(name, actual[name], truth[name], errors[name], dtype) for name in truth]
+    assert all(row.ok for row in rows), rows
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("steps", [[1] * 12, [1, 3, 8], [12]])
+@pytest.mark.parametrize("kind", ["channel", "token", "constant", "none"])
+def test_decays(kind: str, steps: list[int], impl: str) -> None:
+    tensors = draw(2, 12)
+    shapes = {"channel": (2, 12, 3, 5), "token": (2, 12, 3), "constant": (3,)}
+    if kind != "none":
+        tensors["g"] = log_decay(shapes[kind])
+    assert_decodes(tensors, steps, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, F32, torch.float64])
+@pytest.mark.parametrize(("norm", "weight"), [("model", (3, 40)), ("head", (40,))])
+def test_precisions_and_epilogue(
+    norm: str, weight: tuple[int, ...], dtype: torch.dtype, impl: str
+) -> None:
+    tensors = draw(2, 20, key_dim=24, value_dim=40) | {"g": log_decay((2, 20, 3, 24))}
+    tensors["gate"] = torch.randn(2, 20, 3, 40, dtype=torch.float64)
+    tensors["norm_weight"] = torch.randn(weight, dtype=torch.float64)
+    tensors["initial_state"] = torch.randn(2, 3, 24, 40, dtype=torch.float64)
+    assert_decodes(tensors, [1] * 16 + [4], dtype, impl=impl, norm=norm, eps=1e-2)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("activation", ["sigmoid", "silu", None])
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_gates(elementwise: bool, activation: str | None, impl: str) -> None:
+    tensors = draw(2, 6)
+    gate = 3 * torch.randn(2, 6, 3, 7, dtype=torch.float64)
+    tensors["gate"] = gate if elementwise else gate[..., 0]
+    assert_decodes(tensors, [1, 1, 4], gate_activation=activation, scale=0.3, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("norm", ["model", None])
+@pytest.mark.parametrize("feature_map", ["elu+1", "elu", "relu", "silu", None])
+def test_norm_linear_attention(feature_map: str | None, norm: str | None, impl: str) -> None:
+    tensors = draw(2, 12) | {"g": log_decay((3,))}
+    tensors["gate"] = torch.randn(2, 12, 3, 7, dtype=torch.float64)
+    tensors["initial_state"] = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    options = {"feature_map": feature_map, "norm": norm, "gate_activation": "sigmoid", "eps": 0.1}
+    assert_decodes(tensors, [1] * 9 + [3], impl=impl, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(2, 9, 3, 5), (2, 9, 3), (3,)])
+def test_hard_resets(shape: tuple[int, ...], impl: str) -> None:
+    tensors = draw(2, 9)
+    tensors["g"] = log_decay(shape).masked_fill(torch.rand(shape) < 0.3, -torch.inf)
+    tensors["initial_state"] = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    assert_decodes(tensors, [1] * 6 + [3], impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_reset_token_sees_only_itself(impl: str) -> None:
+    q, k, v = (torch.randn(2, 1, 3, 5) for _ in range(3))
+    state = torch.randn(2, 3, 5, 5)
+    out = linear_attention_decode(
+        q, k, v, torch.full((2, 1, 3), -torch.inf), state, scale=1.0, impl=impl
+    )
+    assert torch.equal(state, k[:, 0, :, :, None] * v[:, 0, :, None])
+    truth = (q.double() * k.double()).sum(-1, keepdim=True) * v.double()
+    plain = float(((q * k).sum(-1, keepdim=True) * v - truth).abs().max())
+    row = within("out", out, truth, plain, F32)
+    assert row.ok, row
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    steps=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    key_dim=st.integers(1, 9),
+    value_dim=st.integers(1, 9),
+    rank=st.sampled_from([0, 1, 3, 4]),
+)
+def test_any_shapes(steps: list[int], key_dim: int, value_dim: int, rank: int) -> None:
+    torch.manual_seed(0)
+    tensors = draw(2, sum(steps), 3, key_dim, value_dim)
+    if rank:
+        full = (2, sum(steps), 3, key_dim)
+        tensors["g"] = log_decay((3,) if rank == 1 else full[:rank])
+    assert_decodes(tensors, steps)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_plain_tensor_as_state(impl: str) -> None:
+    tensors = {name: x.float() for name, x in draw(2, 1).items()}
+    memory = torch.randn(2, 7, 3, 5)  # also through a strided view
+    state = memory.permute(0, 2, 3, 1)
+    carried = RecurrentState(2, 3, 5, 7)
+    carried.update(state, 4)
+    out = linear_attention_decode(**tensors, g=None, state=state, impl=impl)
+    same = linear_attention_decode(**tensors, g=None, state=carried, impl=impl)
+    assert torch.equal(state, carried.state)
+    assert carried.lengths.tolist() == [5, 5]
+    row = within("out", out, same.double(), 0.0, F32)  # another order of summation at most
+    assert row.ok, row
+
+
+def test_state_that_requires_grad_is_updated_without_history() -> None:
+    tensors = {name: x.float().requires_grad_() for name, x in draw(2, 1).items()}
+    for impl in IMPLEMENTATIONS:
+        state = torch.zeros(2, 3, 5, 7, requires_grad=True)
+        out = linear_attention_decode(**tensors, g=None, state=state, impl=impl)
+        assert not out.requires_grad
+        assert state.detach().any()
+        assert state.grad_fn is None
+
+
+def test_strided_inputs() -> None:
+    tensors = {name: x.float() for name, x in draw(2, 4).items()}
+    tensors["gate"] = torch.randn(2, 4, 3, 1).expand(2, 4, 3, 7)
+    strided = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors.items()}
+    strided["gate"] = tensors["gate"]
+    plain = decode(tensors, [1, 3], norm="model")
+    other = decode(strided, [1, 3], norm="model")
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_autocast_keeps_decay_and_state() -> None:
+    tensors = {name: x.float() for name, x in draw(2, 1).items()}
+    g, states = log_decay((2, 1, 3, 5)).float(), [torch.zeros(2, 3, 5, 7) for _ in range(2)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear_attention_decode(**tensors, g=g, state=states[0])
+    low = {name: x.bfloat16() for name, x in tensors.items()}
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, linear_attention_decode(**low, g=g, state=states[1]))
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_opcheck(full: bool) -> None:
+    tensors = {name: x.float() for name, x in draw(2, 2).items()}
+    args: tuple[Any, ...] = (*tensors.values(), log_decay((3,)).float() if full else None)
+    args += (torch.randn(2, 3, 5, 7), torch.ones(2, dtype=torch.int32) if full else None)
+    args += (torch.randn(3, 7), torch.randn(2, 2, 3)) if full else (None, None)
+    args += ("elu+1" if full else None, 0.5, "model" if full else None, 1e-6, "silu", "eager")
+    torch.library.opcheck(torch.ops.attnvariants.linear_attention_decode.default, args)
+
+
+def test_compiles_without_recompiling() -> None:
+    tensors = {name: x.float() for name, x in draw(2, 8).items()} | {"g": log_decay((3,)).float()}
+    plain, compiled = RecurrentState(2, 3, 5, 7), RecurrentState(2, 3, 5, 7)
+    torch._dynamo.reset()
+    step = torch.compile(linear_attention_decode, fullgraph=True, backend="aot_eager")
+    for t in range(8):
+        new = {n: x.contiguous() for n, x in cut(tensors, t, t + 1).items()}
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            out = step(**new, state=compiled, norm="model")
+        assert torch.equal(out, linear_attention_decode(**new, state=plain, norm="model"))
+        assert torch.equal(compiled.state, plain.state)
+        assert torch.equal(compiled.lengths, plain.lengths)
+
+
+def good() -> dict[str, Any]:
+    tensors: dict[str, Any] = {name: x.float() for name, x in draw(2, 2).items()}
+    return tensors | {"g": None, "state": torch.ones(2, 3, 5, 7)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"state": None}, TypeError, "state must be a RecurrentState or a tensor .* got NoneType"),
+        ({"state": torch.ones(2, 3, 7, 5)}, ValueError, r"state has shape .* expected \[B=2, H=3"),
+        ({"state": torch.ones(2, 3, 5, 7).double()}, ValueError, "state has dtype float64, expect"),
+        ({"state": torch.ones(2, 3, 5, 7).half()}, ValueError, "state has dtype float16, expected"),
+        ({"state": torch.ones(2, 3, 1, 7).expand(2, 3, 5, 7)}, ValueError, "must not be expanded"),
+        ({"state": torch.ones(2, 3, 5, 7, device="meta")}, ValueError, "one device.*state on meta"),
+        ({"state": RecurrentState(1, 3, 5, 7)}, ValueError, "state has shape"),
+        ({"q": torch.ones(2, 2, 3)}, ValueError, "q has shape"),
+        ({"k": torch.ones(2, 2, 1, 5)}, ValueError, "k has shape .* expected .*H=3"),
+        ({"v": torch.ones(2, 1, 3, 7)}, ValueError, "v has shape .* expected .*Q=2"),
+        (
+            {"k": torch.ones(2, 2, 3, 5).half()},
+            ValueError,
+            "take one dtype, got q float32, k float",
+        ),
+        ({"g": torch.ones(2, 2, 3, 7)}, ValueError, r"g has shape .* or \[B=2, Q=2, H=3\] or \[H"),
+        ({"g": torch.ones(4)}, ValueError, "g has shape"),
+        ({"g": torch.ones(3).double()}, ValueError, "g has dtype float64"),
+        ({"norm_weight": torch.ones(5)}, ValueError, "norm_weight has shape"),
+        ({"gate": torch.ones(2, 2, 3, 5)}, ValueError, "gate has shape"),
+        ({"gate": torch.ones(2, 2, 3).bfloat16()}, ValueError, "gate has dtype bfloat16"),
+        ({"scale": "1"}, TypeError, "scale must be a number or None"),
+        ({"feature_map": "exp"}, ValueError, r"feature_map must be one of 'elu\+1'"),
+        ({"norm": "group"}, ValueError, "norm must be one of 'model', 'head', None"),
+        ({"eps": -1.0}, ValueError, "eps must not be negative"),
+        ({"gate_activation": "softplus"}, ValueError, "gate_activation must be one of"),
+        ({"impl": "cuda"}, NotImplementedError, "impl='cuda' cannot serve .* 'eager'"),
+        ({"impl": "quick"}, ValueError, "impl must be one of"),
+    ],
+)
+def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = good() | change
+    with pytest.raises(error, match=message):
+        linear_attention_decode(**arguments)
+    state = arguments["state"]
+    if isinstance(state, Tensor) and state.device.type != "meta":
+        assert (state == 1).all()
+
+
+def test_empty_step() -> None:
+    empty = {name: x[:, :0] for name, x in good().items() if name in "qkv"}
+    with pytest.raises(ValueError, match="dimension Q must be at least 1, got 0"):
+        linear_attention_decode(**good() | empty)
