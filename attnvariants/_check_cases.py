@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnvariants import _checks
-from attnvariants._verify import Comparison, compare, judge
+from attnvariants._verify import Comparison, compare, exact_and_error, round_to, within
 from attnvariants.kv_cache import KVCache
 from attnvariants.recurrent_state import RecurrentState
 
@@ -93,13 +93,15 @@ def _compare_decode(
     public = getattr(importlib.import_module("attnvariants"), case.function)
     home = importlib.import_module(f"attnvariants.reference.{case.function}")
     definition = getattr(home, case.function)
-    rounded = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    exact = {name: tensor.double() for name, tensor in rounded.items()}
+    working = {name: round_to(name, tensor, dtype) for name, tensor in tensors.items()}
     with torch.no_grad():
-        actual = decode(public, rounded, case.options, impl=impl)
-        truth = decode(definition, exact, case.options)
-        low = decode(definition, rounded, case.options, upcast=False)
-    return [judge(name, actual[name], truth[name], low[name], dtype) for name in truth]
+        actual = decode(public, working, case.options, impl=impl)
+        truth, errors = exact_and_error(
+            lambda inputs, _: decode(definition, inputs, case.options, upcast=False),
+            working,
+            dtype,
+        )
+    return [within(name, actual[name], truth[name], errors[name], dtype) for name in truth]
 
 
 def _decode_softmax(
