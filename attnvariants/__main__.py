@@ -174,7 +174,8 @@ def _triton() -> str:
 
 def _devices() -> list[str]:
     devices = [f"cpu ({torch.get_num_threads()} threads)"]
-    for index in range(torch.cuda.device_count()):
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0  # 0: a broken driver
+    for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         capability = f"sm_{properties.major}{properties.minor}"
         devices.append(f"cuda:{index} {properties.name} ({capability})")

@@ -145,6 +145,7 @@ def test_extension(error: Exception | None, state: str, monkeypatch: pytest.Monk
 
 def test_cuda_devices_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(name="Some GPU", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     assert command.describe()["devices"].endswith("cuda:0 Some GPU (sm_90)")
