@@ -12,6 +12,7 @@ from bench.tables import mean_sd, number
 
 Row = dict[str, Any]
 ALARM = DANGER_LINES[0]
+MOST_DRIFT = 0.03
 LOCAL_TEXT = ("stdlib", "torch")  # corpora of source code
 
 
@@ -124,7 +125,9 @@ def _beside_baseline(summary: Summary) -> str:
 
 def _sensitivity(summary: Summary) -> str:
     rows = [(row.lr_sensitivity.mean, row) for row in summary.mixers if row.lr_sensitivity]
-    if len(rows) < 2:
+    if (
+        len(rows) < 2 or summary.finished < summary.planned
+    ):  # over unequal grids they do not compare
         return ""
     least = min(rows, key=lambda pair: pair[0])
     most = max(rows, key=lambda pair: pair[0])
@@ -160,10 +163,13 @@ def speed_finding(rows: Sequence[Row]) -> str:
         if own:
             row = next((r for r in own if r["mode"] == "forward+backward"), own[0])
             peer, ratio = next(iter(row["ratio_to"].items()))
-            clauses.append(
-                f"{_code(function)} {ratio['median']:.2f} of {peer} ({row['mode']}, {row['case']})"
-            )
-    return f"Time over that of a peer, below 1 is faster: {'; '.join(clauses)}." if clauses else ""
+            clauses.append(f"{_code(function)} {ratio['median']:.2f} of {peer}")
+    if not clauses:
+        return ""
+    return (
+        "Time over that of a peer, below 1 is faster; with the backward pass where there is one, "
+        f"first case of each function: {'; '.join(clauses)}."
+    )
 
 
 # --- caveats -------------------------------------------------------------------------------------
@@ -219,6 +225,25 @@ def _computed_caveats(study: Study, summary: Summary) -> Iterable[str]:
             "The scores of linear attention are no softmax logits: a large one does not "
             "saturate anything, because a norm follows."
         )
+
+
+def speed_caveats(speed: dict[str, Any]) -> list[str]:
+    """How far the timings can be trusted."""
+    found = []
+    noise = speed.get("noise") or []
+    if noise:
+        low, high = min(entry["low"] for entry in noise), max(entry["high"] for entry in noise)
+        found.append(
+            f"The same call timed against itself gave ratios from {low:.2f} to {high:.2f}: "
+            "smaller differences in time are noise."
+        )
+    drift = (speed.get("anchors") or {}).get("drift") or 0.0
+    if drift > MOST_DRIFT:
+        found.append(
+            f"The speed of the machine itself changed by {100 * drift:.0f} % while it was "
+            "measured: trust ratios more than times."
+        )
+    return found
 
 
 def machine_caveats(environments: Sequence[dict[str, Any]]) -> list[str]:

@@ -69,11 +69,8 @@ section {
   padding: 20px 16px; margin: 0 0 16px;
 }
 code { font: 0.875em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.plots {
-  display: grid; gap: 28px 32px; align-items: start; margin: 16px 0;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr));
-}
-figure { margin: 0; max-width: 540px; }
+.plots { columns: 420px 2; column-gap: 40px; margin: 16px 0 0; }
+figure { margin: 0 0 28px; max-width: 540px; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { margin-top: 8px; }
@@ -87,17 +84,17 @@ thead th { color: var(--muted); vertical-align: bottom; white-space: normal; min
 tbody tr { border-top: 1px solid var(--rule); }
 tbody tr.group { border-top-color: var(--muted); }
 .text { text-align: left; }
-td.long { white-space: normal; min-width: 22em; }
+td.long { white-space: normal; overflow-wrap: anywhere; min-width: min(24em, 60vw); }
 th:first-child { position: sticky; left: 0; background: var(--paper); }
 td { font-variant-numeric: tabular-nums; }
 @media (max-width: 640px) {
-  th:first-child { white-space: normal; min-width: 7em; max-width: 8.5em; }
+  th:first-child { white-space: normal; min-width: 7em; max-width: 10em; }
 }
 @media (min-width: 1000px) {
   section { padding: 28px; }
   .lead { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 520px); gap: 0 40px; }
   .lead h2 { grid-column: 1 / -1; }
-  .lead .plots { grid-column: 2; grid-row: 2 / span 20; margin: 0; }
+  .lead .plots { columns: auto 1; grid-column: 2; grid-row: 2 / span 20; margin: 0; }
 }
 @media print { body { background: none; } section { border: 0; break-inside: avoid-page; } }
 """.strip()
@@ -169,15 +166,15 @@ def _table(table: Table) -> str:
         f'<th scope="col"{classes(n)}>{_inline(name)}</th>' for n, name in enumerate(table.columns)
     )
     rows = []
-    above = ""
-    for row in table.rows:
+    names = [row[0] for row in table.rows]
+    grouped = len(set(names)) < len(names)  # rows of one name stand together
+    for above, row in zip(["", *names], table.rows, strict=False):
         first = f'<th scope="row"{classes(0)}>{_inline(row[0])}</th>'
         rest = "".join(
             f"<td{classes(n, cell)}>{_inline(cell)}</td>" for n, cell in enumerate(row[1:], start=1)
         )
-        new = ' class="group"' if above and row[0] != above else ""
+        new = ' class="group"' if grouped and above and row[0] != above else ""
         rows.append(f"<tr{new}>{first}{rest}</tr>")
-        above = row[0]
     note = f'\n<p class="note">{_inline(table.note)}</p>' if table.note else ""
     return (
         f'<h3 id="{anchor}">{_inline(table.title)}</h3>\n'

@@ -12,9 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -27,11 +25,6 @@ from bench.records import PerHead, Run, Step, Study
 
 FAILED = ("diverged", "nan")
 SCORE = "pre-normalisation score"
-STATISTICS = {
-    "max_logit": "Max logit, whole run",
-    "entropy": "Attention entropy (nats), last probe",
-    "first_token_share": "Attention on the first token, last probe",
-}
 
 
 # --- loss and logits against the learning rate -------------------------------------------------
@@ -46,7 +39,7 @@ def loss_and_logits(study: Study, summary: Summary) -> Figure:
     with style.style():
         figure = style.figure(5.9)
         loss, peak = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.15))
-        kinds = _looks(study)
+        kinds = looks(study)
         for mixer, look in kinds.items():
             runs = [run for run in study.runs if run.config.mixer == mixer and run.result]
             _rate_line(loss, runs, look, _val_loss, failed)
@@ -58,9 +51,9 @@ def loss_and_logits(study: Study, summary: Summary) -> Figure:
         fixed_ticks(peak, rates)
         peak.set_xlim(rates[0] / 1.25, rates[-1] * 1.25)
         peak.set_xlabel("learning rate")
-        handles = _mixer_handles(study, kinds)
+        handles = mixer_handles(study, kinds)
         if failed:
-            handles.append(_handle("diverged, NaN", marker="x", linestyle="none", color=MUTED))
+            handles.append(handle("diverged, NaN", marker="x", linestyle="none", color=MUTED))
         if len(study.grid.seeds) > 1:
             handles.append(Patch(color=MUTED, alpha=0.25, linewidth=0, label="range of seeds"))
         style.legend_below(figure, handles + lines)
@@ -127,8 +120,8 @@ def logits_over_steps(study: Study) -> Figure:
         raise NotDrawn("no run has recorded a step yet")
     rates = sorted({run.config.lr for run in runs})
     with style.style():
-        figure, panels = _grid(len(rates), 1.75, 0.75, shared=True)
-        kinds = _looks(study)
+        figure, panels = panel_grid(len(rates), 1.75, 0.75, shared=True)
+        kinds = looks(study)
         for ax, rate in zip(panels, rates, strict=True):
             for mixer, look in kinds.items():
                 same = [r for r in runs if r.config.lr == rate and r.config.mixer == mixer]
@@ -137,8 +130,8 @@ def logits_over_steps(study: Study) -> Figure:
         lines = _logit_axis(panels)
         for ax in panels[-2:]:
             ax.set_xlabel("step")
-        _headline(figure, _logit_title(study, "Max logit"))
-        style.legend_below(figure, _mixer_handles(study, kinds, marker=False) + lines)
+        headline(figure, _logit_title(study, "Max logit"))
+        style.legend_below(figure, mixer_handles(study, kinds, marker=False) + lines)
     return figure
 
 
@@ -152,7 +145,7 @@ def activations(study: Study) -> Figure:
     with style.style():
         figure = style.figure(4.9 if gated else 3.2)
         panels = figure.subplots(2 if gated else 1, 1, sharex=True, squeeze=False)[:, 0]
-        kinds = _looks(study)
+        kinds = looks(study)
         for mixer, look in kinds.items():
             same = [run for run in runs if run.config.mixer == mixer]
             _series(panels[0], same, look, lambda step: _largest(step.max_activation))
@@ -165,7 +158,7 @@ def activations(study: Study) -> Figure:
             panels[1].set_ylim(0, None)
         panels[-1].set_xlabel("step")
         shown = {run.config.mixer: kinds[run.config.mixer] for run in runs}
-        style.legend_below(figure, _mixer_handles(study, shown, marker=False, score=False))
+        style.legend_below(figure, mixer_handles(study, shown, marker=False, score=False))
     return figure
 
 
@@ -188,7 +181,7 @@ def _gate_line(ax: Axes, runs: Sequence[Run], look: Look) -> None:
     by_step: dict[int, list[float]] = {}
     for run in runs:
         for probe in run.probes:
-            gates = _numbers(probe.gate_mean)
+            gates = numbers(probe.gate_mean)
             if gates:
                 by_step.setdefault(probe.step, []).append(statistics.fmean(gates))
     _mean_line(ax, by_step, look, marker=look.marker)
@@ -203,215 +196,6 @@ def _mean_line(ax: Axes, points: dict[int, list[float]], look: Look, marker: str
         ax.fill_between(steps, lows, highs, color=look.color, alpha=0.14, linewidth=0)
 
 
-# --- heads -------------------------------------------------------------------------------------
-
-
-def head_map(study: Study, statistic: str = "max_logit") -> Figure:
-    """Layers x heads, one panel per mixer, local heads left of the global ones."""
-    runs = _one_per_mixer(study, statistic)
-    if not runs:
-        raise NotDrawn(f"no finished run has recorded {statistic.replace('_', ' ')} of its heads")
-    tables = {mixer: _heads_in_order(run, statistic) for mixer, run in runs.items()}
-    with style.style():
-        layers = max(len(values) for values, _ in tables.values())
-        figure, panels = _grid(len(runs), 0.62 + 0.2 * min(layers, 8), 0.45)
-        norms = {
-            score: _norm(
-                statistic,
-                [
-                    values
-                    for mixer, (values, _) in tables.items()
-                    if score == (logit_kind(runs[mixer]) != "softmax_logit")
-                ],
-            )
-            for score in (False, True)
-        }
-        for ax, (mixer, run) in zip(panels, runs.items(), strict=True):
-            values, groups = tables[mixer]
-            score = statistic == "max_logit" and logit_kind(run) != "softmax_logit"
-            _map_panel(
-                figure, ax, values, groups, norms[score], "Purples_r" if score else "cividis"
-            )
-            ax.set_title(f"{mixer} (score)" if score else mixer)
-        _headline(figure, f"{STATISTICS[statistic]}; learning rate {focus_rate(study):g}")
-    return figure
-
-
-def _map_panel(
-    figure: Figure,
-    ax: Axes,
-    values: np.ndarray,
-    groups: Sequence[str],
-    norm: Normalize,
-    colors: str,
-) -> None:
-    """Numbers in the cells while they fit, a colour bar otherwise."""
-    layers, heads = values.shape
-    mesh = ax.pcolormesh(values, cmap=colors, norm=norm)
-    ax.invert_yaxis()
-    ax.grid(False)
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0)
-    ax.set_yticks([n + 0.5 for n in range(layers)], [f"layer {n}" for n in range(layers)])
-    spans = _spans(groups).items()
-    for _, columns in spans:
-        ax.axvline(columns.start, color=style.PAPER, linewidth=4 if columns.start else 0)
-    ax.set_xticks([(s.start + s.stop) / 2 for _, s in spans], [name for name, _ in spans])
-    if heads > 8 or layers > 12:
-        figure.colorbar(mesh, ax=ax, format=FuncFormatter(compact), aspect=12)
-        return
-    for (layer, head), value in np.ndenumerate(values):
-        if math.isfinite(value):
-            color = "#fefefe" if float(norm(value)) < 0.5 else "#101010"
-            place = head + 0.5, layer + 0.5, short(value)
-            size = 8 if heads <= 4 else 6.5
-            ax.text(*place, ha="center", va="center", color=color, fontsize=size)
-
-
-def _spans(groups: Sequence[str]) -> dict[str, range]:
-    """The columns of each group of heads, which stand together."""
-    return {
-        group: range(groups.index(group), groups.index(group) + groups.count(group))
-        for group in dict.fromkeys(groups)
-    }
-
-
-def _norm(statistic: str, tables: Sequence[np.ndarray]) -> Normalize:
-    numbers = np.concatenate([[], *(table[np.isfinite(table)] for table in tables)])
-    if statistic == "first_token_share":
-        return Normalize(0, 1)
-    if statistic == "entropy" or not (numbers > 0).any():
-        return Normalize(0, max(1.0, float(numbers.max(initial=1.0))))
-    positive = numbers[numbers > 0]
-    return LogNorm(float(positive.min()), max(float(positive.max()), 1.01 * float(positive.min())))
-
-
-def _one_per_mixer(study: Study, statistic: str) -> dict[str, Run]:
-    """The first seed of each mixer at the focus rate that recorded the statistic."""
-    rate = focus_rate(study)
-    found: dict[str, Run] = {}
-    for run in study.runs:
-        if run.config.lr == rate and run.result and _per_head(run, statistic) is not None:
-            found.setdefault(run.config.mixer, run)
-    return found
-
-
-def _per_head(run: Run, statistic: str) -> PerHead | None:
-    """Of the whole run for ``max_logit``, of the last probe otherwise."""
-    if statistic != "max_logit":
-        heads = getattr(run.probes[-1], statistic) if run.probes else []
-        return heads if _numbers(heads) else None
-    layers = len(run.header.head_groups)
-    seen = [[step.max_logit[n] or [] for step in run.steps] for n in range(layers)]
-    peaks: PerHead = [
-        [max(found) for found in zip(*(heads for heads in layer if heads), strict=False)] or None
-        for layer in seen
-    ]
-    return peaks if _numbers(peaks) else None
-
-
-def _heads_in_order(run: Run, statistic: str) -> tuple[np.ndarray, list[str]]:
-    """Values as ``[layers, heads]``, NaN where there are none, and the group of each column."""
-    per_head = _per_head(run, statistic) or []
-    groups = max(run.header.head_groups, key=len)
-    order = sorted(range(len(groups)), key=lambda head: groups[head] != "local")
-    table = np.full((len(per_head), len(groups)), np.nan)
-    for layer, heads in enumerate(per_head):
-        for column, head in enumerate(order):
-            if heads is not None and head < len(heads):
-                table[layer, column] = heads[head]
-    return table, [groups[head] for head in order]
-
-
-def local_and_global(summary: Summary) -> Figure:
-    """Peak max logit of local and global heads as bars, one panel per learning rate."""
-    cells = [cell for cell in summary.cells if cell.peak_max_logit]
-    if not any(cell.peak_max_logit_local for cell in cells):
-        raise NotDrawn("no finished run has local heads")
-    rates = sorted({cell.lr for cell in cells})[-3:]
-    mixers = list(dict.fromkeys(cell.mixer for cell in cells))
-    by_cell = {(cell.mixer, cell.lr): cell for cell in cells}
-    with style.style():
-        figure = style.figure(1.0 + 0.34 * len(mixers))
-        panels = figure.subplots(1, len(rates), sharex=True, sharey=True, squeeze=False)[0]
-        for ax, rate in zip(panels, rates, strict=True):
-            for row, mixer in enumerate(mixers):
-                cell = by_cell.get((mixer, rate))
-                if cell is not None:
-                    _split_bar(ax, row, cell)
-            ax.set_title(f"rate {rate:g}")
-            ax.grid(False, axis="y")
-        log_axis(panels[0], "x")
-        _headline(figure, "Peak max logit; hatched: pre-normalisation score, another quantity")
-        kinds = {cell.mixer: cell.logit_kind for cell in cells}
-        names = [m if kinds[m] == "softmax_logit" else f"{m} (score)" for m in mixers]
-        panels[0].set_yticks(range(len(mixers)), names)
-        panels[0].invert_yaxis()
-        colors = {"global heads": style.BLUE, "local heads": style.ORANGE}
-        style.legend_below(figure, [Patch(color=c, label=name) for name, c in colors.items()])
-    return figure
-
-
-def _split_bar(ax: Axes, row: int, cell: Any) -> None:
-    parts = [(cell.peak_max_logit_global, style.BLUE), (cell.peak_max_logit_local, style.ORANGE)]
-    present = [(found, color) for found, color in parts if found is not None]
-    height = 0.72 / max(1, len(present))
-    for number, (found, color) in enumerate(present):
-        if 0 < found.mean < math.inf:
-            place = row + (number - (len(present) - 1) / 2) * height
-            hatch = None if cell.logit_kind == "softmax_logit" else "////"
-            ax.barh(
-                place,
-                found.mean,
-                height=0.9 * height,
-                color=color,
-                hatch=hatch,
-                edgecolor=style.PAPER,
-                linewidth=0,
-                xerr=found.sd if found.sd else None,
-                ecolor=MUTED,
-            )
-
-
-def entropy_and_logits(study: Study) -> Figure:
-    """Each softmax head at the end of each run: attention entropy against its largest logit."""
-    with style.style():
-        figure = style.figure(3.9)
-        ax = figure.subplots()
-        kinds = _looks(study)
-        shown: dict[str, Look] = {}
-        for run in study.runs:
-            points = _entropy_points(run)
-            if points:
-                mixer = run.config.mixer
-                shown[mixer] = look = kinds[mixer]
-                x, y = zip(*points, strict=True)
-                ax.scatter(
-                    x, y, s=16, color=look.color, marker=look.marker, alpha=0.55, linewidths=0
-                )
-        if not shown:
-            raise NotDrawn("no run has recorded the entropy of softmax heads")
-        ax.set_title("Attention entropy (nats) of each head, last probe of each run")
-        ax.set_xlabel("max logit of the head")
-        ax.set_ylim(0, None)
-        log_axis(ax, "x")
-        style.legend_below(figure, _mixer_handles(study, shown, line=False, score=False))
-    return figure
-
-
-def _entropy_points(run: Run) -> list[tuple[float, float]]:
-    if not run.probes:
-        return []
-    probe = run.probes[-1]
-    return [
-        (logit, entropy)
-        for logits, entropies in zip(probe.max_logit, probe.entropy, strict=False)
-        if logits and entropies
-        for logit, entropy in zip(logits, entropies, strict=False)
-        if 0 < logit < math.inf and math.isfinite(entropy)
-    ]
-
-
 # --- speed against quality ---------------------------------------------------------------------
 
 
@@ -424,7 +208,8 @@ def pareto(study: Study, summary: Summary) -> Figure:
     with style.style():
         figure = style.figure(3.7)
         ax = figure.subplots()
-        kinds = _looks(study)
+        kinds = looks(study)
+        points = []
         for row in rows:
             x, y = row.tokens_per_s, row.best_loss
             assert x is not None
@@ -433,24 +218,46 @@ def pareto(study: Study, summary: Summary) -> Figure:
             color = kinds[row.mixer].color
             ax.errorbar(x.mean, y.mean, xerr=x.sd, yerr=y.sd, color=color, linewidth=0.9)
             ax.scatter(x.mean, y.mean, s=size, color=color, alpha=0.75, linewidths=0, zorder=3)
-            ax.annotate(
-                row.mixer,
-                (x.mean, y.mean),
-                xytext=(0, 3 + math.sqrt(size) / 2),
-                textcoords="offset points",
-                ha="center",
-            )
+            points.append((row.mixer, x.mean, y.mean, math.sqrt(size) / 2))
         ax.margins(0.16, 0.2)
+        _label_points(ax, points)
         ax.set_title("Best validation loss (nats per byte)")
         ax.set_xlabel("training tokens per second")
         ax.xaxis.set_major_formatter(FuncFormatter(compact))
         dot = {"color": MUTED, "marker": "o", "linestyle": "none"}
         handles = [
-            _handle(f"{value:g}", markersize=math.sqrt(_area(value)), **dot)
+            handle(f"{value:g}", markersize=math.sqrt(_area(value)), **dot)
             for value in (0.03, 0.1, 0.3)
         ]
         style.legend_below(figure, handles, title="LR sensitivity (nats per byte)")
     return figure
+
+
+def _label_points(ax: Axes, points: Sequence[tuple[str, float, float, float]]) -> None:
+    """Names beside their dots: above, or where no other name is. Points: name, x, y, radius."""
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    taken: list[tuple[float, float, float]] = []  # middle and half width, in points of the page
+    for name, x, y, radius in points:
+        place = 300 * (x - left) / (right - left), 190 * (y - bottom) / (top - bottom)
+        half, away = 2.7 * len(name), 3 + radius
+        choices = [
+            (0.0, away + 4, "center"),
+            (0.0, -away - 5, "center"),
+            (away, 0.0, "left"),
+            (-away, 0.0, "right"),
+        ]
+        boxes = [
+            (place[0] + dx + {"left": half, "right": -half}.get(side, 0.0), place[1] + dy, half)
+            for dx, dy, side in choices
+        ]
+        free = [
+            all(abs(bx - tx) > half + tw or abs(by - ty) > 11 for tx, ty, tw in taken)
+            for bx, by, _ in boxes
+        ]
+        chosen = free.index(True) if any(free) else 0
+        dx, dy, side = choices[chosen]
+        taken.append(boxes[chosen])
+        ax.annotate(name, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center")
 
 
 def _area(sensitivity: float) -> float:
@@ -473,21 +280,14 @@ def focus_rate(study: Study) -> float:
     return max(common or rates or study.grid.learning_rates)
 
 
-def short(value: float) -> str:
-    """At most four characters for a cell of a heat map."""
-    if abs(value) >= 1000:
-        return compact(float(f"{value:.2g}"))
-    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2f}"[:4].removesuffix(".")
-
-
-def _looks(study: Study) -> dict[str, Look]:
+def looks(study: Study) -> dict[str, Look]:
     """The mixers that have run, in the grid's order; other quantities than logits are dashed."""
     kinds = {run.config.mixer: logit_kind(run) for run in study.runs}
     dashed = [mixer for mixer, kind in kinds.items() if kind != "softmax_logit"]
     return style.looks([m for m in study.grid.mixers if m in kinds], dashed)
 
 
-def _mixer_handles(
+def mixer_handles(
     study: Study,
     kinds: dict[str, Look],
     *,
@@ -498,7 +298,7 @@ def _mixer_handles(
     names = {"linear_score": " (score)", "mixed": " (both)"} if score else {}
     suffix = {run.config.mixer: names.get(logit_kind(run), "") for run in study.runs}
     return [
-        _handle(
+        handle(
             mixer + suffix[mixer],
             color=look.color,
             marker=look.marker if marker else "",
@@ -508,7 +308,7 @@ def _mixer_handles(
     ]
 
 
-def _handle(label: str, **options: Any) -> Line2D:
+def handle(label: str, **options: Any) -> Line2D:
     return Line2D([], [], label=label, **options)
 
 
@@ -529,10 +329,10 @@ def _logit_axis(panels: Sequence[Axes]) -> list[Line2D]:
         for line in DANGER_LINES:
             if line < ax.get_ylim()[1]:
                 ax.axhline(line, zorder=1, **danger)
-    return [_handle("danger lines", **danger)]
+    return [handle("danger lines", **danger)]
 
 
-def _grid(
+def panel_grid(
     count: int, panel: float, extra: float, *, shared: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """``count`` panels in two columns; one alone takes the whole width."""
@@ -547,11 +347,11 @@ def _grid(
     return figure, panels[:count]
 
 
-def _headline(figure: Figure, text: str) -> None:
+def headline(figure: Figure, text: str) -> None:
     figure.suptitle(text, x=0.01, horizontalalignment="left", fontsize=9)
 
 
-def _numbers(values: PerHead) -> list[float]:
+def numbers(values: PerHead) -> list[float]:
     return [v for heads in values if heads for v in heads if math.isfinite(v)]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench import findings, plots, speed_plots, tables
+from bench import findings, plots, plots_heads, plots_speed, tables, tables_speed, tables_verify
 from bench.document import Block, Bullets, Document, Paragraph, Plot, Section, Table
 from bench.environment import one_line
 from bench.errors import BenchError
@@ -102,16 +102,16 @@ def _growth(results: Results) -> Iterator[Block]:
     )
     yield _plot(
         "local_and_global",
-        lambda: plots.local_and_global(summary),
+        lambda: plots_heads.local_and_global(summary),
         "Peak max logit of local and global heads apart, ± sd over seeds. Where a layer has both, "
         "a maximum over all heads hides one of them.",
         "Bar charts of the peak max logit by mixer, local and global heads apart. The numbers are "
         "in the table “Heads and activations”.",
     )
-    for statistic, title in plots.STATISTICS.items():
+    for statistic, title in plots_heads.STATISTICS.items():
         yield _plot(
             f"heads_{statistic}",
-            lambda statistic=statistic: plots.head_map(study, statistic),  # type: ignore[misc]
+            lambda statistic=statistic: plots_heads.head_map(study, statistic),  # type: ignore[misc]
             f"{title}, for each layer and head, one seed, learning rate {rate}.",
             f"Heat maps of layers by heads for {_mixers(study)}: {title.lower()}.",
         )
@@ -123,7 +123,7 @@ def _growth(results: Results) -> Iterator[Block]:
     )
     yield _plot(
         "entropy_and_logits",
-        lambda: plots.entropy_and_logits(study),
+        lambda: plots_heads.entropy_and_logits(study),
         "Attention entropy over the max logit, one mark for each softmax head of each run, on "
         "fixed validation text. Entropy near zero means that each token attends to one other.",
         "Scatter chart of attention entropy over max logit, one mark for each head.",
@@ -142,7 +142,7 @@ def _speed(results: Results) -> Iterator[Block]:
     rows = results.speed["rows"]
     yield _plot(
         "speed_ratios",
-        lambda: speed_plots.speed_ratios(rows),
+        lambda: plots_speed.speed_ratios(rows),
         "Time of this package over that of its peers, timed in turns in one process: median and "
         "range over the rounds.",
         "Bar chart of time ratios by case and peer. The numbers are in the tables of each "
@@ -150,16 +150,16 @@ def _speed(results: Results) -> Iterator[Block]:
     )
     yield _plot(
         "speed_over_length",
-        lambda: speed_plots.speed_over_length(rows),
+        lambda: plots_speed.speed_over_length(rows),
         "Time per token over the sequence length, both logarithmic; the band spans the 20 and 80 % "
         "quantiles. Flat means that cost grows in step with the length.",
         "Line charts of microseconds per token over the length. The numbers are in the table "
         "“Time per token over the length”.",
     )
     for function in dict.fromkeys(row["function"] for row in rows):
-        yield from _if_any(tables.speed(rows, function))
-    yield from _if_any(tables.sweep(rows))
-    yield from _if_any(tables.not_timed(rows))
+        yield from _if_any(tables_speed.speed(rows, function))
+    yield from _if_any(tables_speed.sweep(rows))
+    yield from _if_any(tables_speed.not_timed(rows))
 
 
 def _correctness(results: Results) -> Iterator[Block]:
@@ -168,9 +168,9 @@ def _correctness(results: Results) -> Iterator[Block]:
         return
     rows = results.verify["rows"]
     yield Paragraph(findings.verify_finding(rows))
-    yield from _if_any(tables.verify_failures(rows))
-    yield tables.verify_summary(rows)
-    yield from _if_any(tables.not_verified(results.verify["not_run"]))
+    yield from _if_any(tables_verify.verify_failures(rows))
+    yield tables_verify.verify_summary(rows)
+    yield from _if_any(tables_verify.not_verified(results.verify["not_run"]))
 
 
 # --- conditions ----------------------------------------------------------------------------------
@@ -180,6 +180,8 @@ def _caveats(results: Results) -> list[str]:
     found = []
     if results.study and results.summary:
         found += findings.study_caveats(results.study, results.summary)
+    if results.speed:
+        found += findings.speed_caveats(results.speed)
     return found + findings.machine_caveats(results.environments())
 
 
@@ -203,14 +205,16 @@ def _conditions(results: Results) -> Iterator[Block]:
         )
         grid = study.grid
         rates = ", ".join(f"{rate:g}" for rate in grid.learning_rates)
-        entries = [("preset", grid.preset), ("learning rates", rates), ("seeds", grid.seeds)]
+        entries: list[tuple[str, object]] = [
+            ("preset", grid.preset),
+            ("learning rates", rates),
+            ("seeds", grid.seeds),
+        ]
         yield tables.facts("Training protocol", [*entries, *vars(grid.settings).items()])
     if results.speed is not None:
-        for part in ("protocol", "anchors", "noise"):
-            content = results.speed.get(part)
-            if content:
-                entries = content if isinstance(content, dict) else {part: content}
-                yield tables.facts(f"Speed: {part}", _flat(entries))
+        for part in ("protocol", "anchors"):
+            if results.speed.get(part):
+                yield tables.facts(f"Speed: {part}", _flat(results.speed[part]))
 
 
 # --- shared ------------------------------------------------------------------------------------
@@ -238,12 +242,14 @@ def _mixers(study: Study) -> str:
     return ", ".join(dict.fromkeys(run.config.mixer for run in study.runs))
 
 
-def _flat(content: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, object]]:
-    """Entries of nested mappings, in one list."""
+def _flat(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Entries of nested mappings and of lists of them, in one list."""
     for name, value in content.items():
+        entries = value if isinstance(value, list) else []
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}, ")
-        elif isinstance(value, float):
-            yield f"{prefix}{name}", tables.number(value)
+        elif entries and all(isinstance(entry, dict) for entry in entries):
+            for number, entry in enumerate(entries, start=1):
+                yield from _flat(entry, f"{prefix}{name} {number}, ")
         else:
             yield f"{prefix}{name}", value

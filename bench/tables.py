@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from bench.document import Table
-from bench.metrics import BASELINE, Cell, MixerSummary, Spread, Summary, head_max, spread
+from bench.metrics import BASELINE, MixerSummary, Spread, Summary, head_max, spread
 from bench.records import Run, Study
 
 Row = dict[str, Any]
@@ -102,9 +102,9 @@ def cells(summary: Summary, study: Study) -> Table:
     )
     note = (
         f"Mean ± sd over {_count(seeds, 'seed')}. Against {BASELINE} at the same learning rate: "
-        "intervals mean ± sd that overlap are not distinguishable, and one seed decides nothing (n/a). Status is the "
-        "worst of the seeds: degraded is 0.1 nats above the mixer's best run, diverged 1 nat, or "
-        "above the loss at initialisation. "
+        "intervals mean ± sd that overlap are not distinguishable, and one seed decides nothing "
+        "(n/a). Status is the worst of the seeds: degraded is 0.1 nats above the mixer's best "
+        "run, diverged 1 nat, or above the loss at initialisation. "
     )
     return Table("Every mixer at every learning rate", columns, rows, 1, note + SCORE_NOTE)
 
@@ -234,180 +234,24 @@ def _progress(run: Run) -> tuple[str, str, str]:
     )
 
 
-# --- speed -------------------------------------------------------------------------------------
-
-
-def speed(rows: Sequence[Row], function: str) -> Table | None:
-    """All contenders of one function, apart from the sweep over the length."""
-    own = [r for r in rows if r["function"] == function and not r["sweep"] and r["status"] == "ok"]
-    cells = [
-        (
-            row["case"],
-            row["mode"],
-            row["contender"] + (" (ours)" if row["ours"] else ""),
-            duration(row["median_s"]),
-            f"{duration(row['q20_s'])} to {duration(row['q80_s'])}",
-            number(row["tokens_per_s"]),
-            number(row["tflops"], 3),
-            number(row["gbytes_per_s"]),
-            mebibytes(row["peak_bytes"]),
-            number(row["percent_of_floor"], 0),
-            "; ".join(_ratio(peer, ratio) for peer, ratio in row["ratio_to"].items()) or ABSENT,
-        )
-        for row in own
-    ]
-    columns = (
-        "case",
-        "mode",
-        "contender",
-        "time (ms)",
-        "20 to 80 % (ms)",
-        "tokens/s",
-        "TFLOP/s",
-        "GB/s",
-        "peak memory (MiB)",
-        "% of floor",
-        "time / time of peer",
-    )
-    title = f"Speed of {function}"
-    if own:
-        title += f" ({', '.join(dict.fromkeys(row['dtype'] for row in own))})"
-    return Table(title, columns, cells, 3) if own else None
-
-
-def _ratio(peer: str, ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.2f} of {peer} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-
-
-def sweep(rows: Sequence[Row]) -> Table | None:
-    """Microseconds per token, one row per length."""
-    timed = [row for row in rows if row["sweep"] and row["status"] == "ok"]
-    names = list(dict.fromkeys(_contender(row) for row in timed))
-    keys = list(dict.fromkeys((row["mode"], row["shape"]["T"]) for row in timed))
-    found = {(row["mode"], row["shape"]["T"], _contender(row)): row for row in timed}
-
-    def per_token(row: Row | None) -> str:
-        if row is None:
-            return ABSENT
-        return number(1e6 * row["median_s"] / (row["shape"]["B"] * row["shape"]["T"]))
-
-    cells = [
-        (mode, str(length), *(per_token(found.get((mode, length, name))) for name in names))
-        for mode, length in sorted(keys)
-    ]
-    title = "Time per token over the length (microseconds)"
-    return Table(title, ("mode", "length", *names), cells, 1) if cells else None
-
-
-def _contender(row: Row) -> str:
-    return f"{row['function']}, {row['contender']}" if row["ours"] else str(row["contender"])
-
-
-def not_timed(rows: Sequence[Row]) -> Table | None:
-    """What was not timed, and why: a missing peer is said, not left out."""
-    reasons: dict[tuple[str, str, str], list[str]] = {}
-    for row in rows:
-        if row["status"] != "ok":
-            key = (row["contender"], row["status"], row["reason"] or ABSENT)
-            reasons.setdefault(key, []).append(row["function"])
-    cells = [
-        (name, status, ", ".join(dict.fromkeys(functions)), reason)
-        for (name, status, reason), functions in reasons.items()
-    ]
-    columns = ("contender", "status", "function", "reason")
-    return Table("Not timed", columns, cells, 4) if cells else None
-
-
-# --- correctness -------------------------------------------------------------------------------
-
-
-def verify_summary(rows: Iterable[Row]) -> Table:
-    """Function x implementation x dtype with the worst comparison of each."""
-    groups = _grouped(rows, lambda row: (row["function"], row["impl"], row["dtype"]))
-    cells = []
-    for key, group in groups.items():
-        worst = max(group, key=lambda row: _severity(row))
-        failed = sum(not row["ok"] for row in group)
-        cells.append(
-            (
-                *key,
-                str(len(group)),
-                str(failed),
-                number(_severity(worst), 2),
-                f"{worst['name']}, {worst['case']}",
-            )
-        )
-    columns = (
-        "function",
-        "implementation",
-        "dtype",
-        "comparisons",
-        "failed",
-        "worst error / budget",
-        "worst comparison",
-    )
-    note = (
-        "Against float64. The budget is twice the error of the definition computed in the same "
-        "precision, plus one rounding; up to 1 is within it."
-    )
-    return Table("Comparisons with float64", columns, cells, 3, note)
-
-
-def _severity(row: Row) -> float:
-    error, budget = row["error"], row["budget"]
-    if math.isnan(error):
-        return math.inf
-    if budget == 0:
-        return 0.0 if error == 0 else math.inf
-    return float(error / budget)
-
-
-def verify_failures(rows: Iterable[Row]) -> Table | None:
-    """Every comparison over its budget."""
-    cells = [
-        (
-            row["function"],
-            row["impl"],
-            row["dtype"],
-            row["case"],
-            row["name"],
-            row.get("reason") or "",
-            f"{row['error']:.2e}",
-            f"{row['budget']:.2e}",
-        )
-        for row in rows
-        if not row["ok"]
-    ]
-    columns = ("function", "implementation", "dtype", "case", "what", "reason", "error", "budget")
-    return Table("Failed comparisons", columns, cells, 6) if cells else None
-
-
-def not_verified(rows: Iterable[Row]) -> Table | None:
-    """What verify left out, and why."""
-    groups = _grouped(rows, lambda row: (row["impl"], row["reason"]))
-    cells = [
-        (impl, ", ".join(dict.fromkeys(row["function"] for row in group)), reason)
-        for (impl, reason), group in groups.items()
-    ]
-    columns = ("implementation", "function", "reason")
-    return Table("Not verified", columns, cells, 3) if cells else None
-
-
-def _grouped(
-    rows: Iterable[Row], key: Callable[[Row], tuple[str, ...]]
-) -> dict[tuple[str, ...], list[Row]]:
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
+# --- anything ------------------------------------------------------------------------------------
 
 
 def facts(title: str, entries: Iterable[tuple[str, object]]) -> Table:
     """Name and value; what is not known is said."""
-    cells = [(name, ABSENT if value is None else str(value)) for name, value in entries]
+    cells = [(name.replace("_", " "), _fact(value)) for name, value in entries]
     return Table(title, ("what", "value"), cells, 2)
 
 
-def cell_of(summary: Summary, mixer: str, lr: float) -> Cell | None:
-    """The cell of one mixer at one learning rate."""
-    return next((c for c in summary.cells if c.mixer == mixer and c.lr == lr), None)
+def _fact(value: object) -> str:
+    if value is None:
+        return ABSENT
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and value >= 100_000:
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100_000 else f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_fact, value))
+    return str(value)

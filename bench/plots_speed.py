@@ -72,7 +72,7 @@ def _length_line(ax: Axes, name: str, rows: Sequence[Row], peers: Sequence[str])
         color, marker = _LOOKS.get(rows[0]["function"], (style.MUTED, "p"))
 
     def per_token(key: str) -> list[float]:
-        return [1e6 * row[key] / (row["shape"]["B"] * row["shape"]["T"]) for row in ordered]
+        return [1e6 * row[key] / (row["tokens_per_s"] * row["median_s"]) for row in ordered]
 
     (line,) = ax.plot(
         lengths,
@@ -98,6 +98,7 @@ def speed_ratios(rows: Sequence[Row]) -> Figure:
     if not bars:
         raise NotDrawn("no peer was timed beside an implementation of this package")
     cases = list(dict.fromkeys((row["case"], row["mode"], row["contender"]) for row, _, _ in bars))
+    several = len({contender for _, _, contender in cases}) > 1
     with style.style():
         figure = style.figure(0.75 + 0.2 * (len(bars) + 1.4 * len(cases)))
         ax = figure.subplots()
@@ -105,9 +106,9 @@ def speed_ratios(rows: Sequence[Row]) -> Figure:
         ticks, labels = [], []
         for case in cases:
             name, mode, contender = case
-            heading = ax.text(
-                0.01, place, f"{name}, {mode}, {contender}", va="center", fontsize=8.5
-            )
+            own = f", {contender}" if several else ""
+            heading = ax.text(0.01, place, f"{name}, {mode}{own}", va="center", fontsize=8.5)
+            heading.set_bbox({"facecolor": style.PAPER, "edgecolor": "none", "pad": 1.5})
             heading.set_transform(blended_transform_factory(figure.transFigure, ax.transData))
             heading.set_in_layout(False)
             for row, peer, ratio in bars:
