@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,10 @@ def run(args: argparse.Namespace) -> int:
                 display.failed(message.task, message.value)
     display.summarise()
     if failed:
-        print(f"bench: {failed} of {len(todo)} runs failed; --resume tries them again")
+        print(
+            f"bench: {failed} of {len(todo)} runs failed; --resume tries them again",
+            file=sys.stderr,
+        )
     return USER_ERROR if failed else 0
 
 

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from bench.errors import BenchError
+from bench.logits import run_one
 
 
 def act(task: Any, report: Any) -> Any:
@@ -30,3 +31,10 @@ def act(task: Any, report: Any) -> Any:
     if what == "pid":
         return os.getpid()
     return rest[0] ** 2 if rest else None
+
+
+def refuse_seed_1(task: Any, report: Any) -> Any:
+    """A real run, except that those of seed 1 crash."""
+    if task.config.seed == 1:
+        raise RuntimeError("not this one")
+    return run_one(task, report)

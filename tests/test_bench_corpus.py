@@ -93,7 +93,7 @@ def test_absent_and_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(BenchError, match="cannot read the corpus file .*Permission denied"):
+    with pytest.raises(BenchError, match=r"cannot read the corpus file .*Permission denied"):
         corpus.load(str(path))
 
 
