@@ -147,6 +147,15 @@ def test_input_independent_gate_starts_at_zero_logits() -> None:
     assert torch.equal(layer.gate_logits, torch.zeros(4, 8))
 
 
+@pytest.mark.parametrize("name", ["G1", "G1 head-shared", "G2", "G4", "G5"])
+def test_open_gate_keeps_its_gradient_in_bf16(name: str) -> None:
+    """sigmoid(8) rounds to 1 in bf16, where a product of rounded factors has no gradient left."""
+    layer = make(torch.bfloat16, **{**VARIANTS[name], "input_dependent": False})
+    torch.nn.init.constant_(layer.gate_logits, 8.0)
+    layer(checks.tokens(2, 5, 32, dtype=torch.bfloat16)).sum().backward()
+    assert (layer.gate_logits.grad != 0).float().mean() > 0.9
+
+
 @pytest.mark.parametrize(
     ("options", "millions"),
     [

@@ -20,8 +20,7 @@ def token_positions(x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None
     if cu_seqlens is None:
         return index
     sequence = torch.bucketize(index, cu_seqlens[1:], right=True)
-    # The clamp keeps bad bounds readable until the attention function reports them.
-    return index - cu_seqlens[sequence.clamp(max=cu_seqlens.numel() - 2)]
+    return index - cu_seqlens[sequence]
 
 
 def rope_frequencies(base: float, head_dim: int, like: Tensor) -> Tensor:
