@@ -24,18 +24,15 @@ from bench.records import (
     RunWriter,
     Settings,
     Step,
-    dumps,
     is_finished,
-    loads,
     read_grid,
-    read_json,
     read_run,
     read_study,
     run_path,
     to_line,
     write_grid,
-    write_json,
 )
+from bench.strict_json import dumps, loads, read_json, write_json
 
 INF, NAN = math.inf, math.nan
 CONFIG = RunConfig("gla*1,gated", 0.01, 3, "abc", Settings(bos=True, device="cuda:1"))
