@@ -221,15 +221,12 @@ def _check_attention_decode(
     )
     if cached:
         cache.append(k[:, :cached], v[:, :cached])
+    step: Callable[..., Any] = attnvariants.attention_decode
     outputs = []
     for new in _pieces(case.steps):
         old = slice(cached + new.start, cached + new.stop)
         q, gate = (working[name][:, new] if name in working else None for name in ("q", "gate"))
-        outputs.append(
-            attnvariants.attention_decode(
-                q, k[:, old], v[:, old], cache, gate=gate, impl=impl, **options
-            )
-        )
+        outputs.append(step(q, k[:, old], v[:, old], cache, gate=gate, impl=impl, **options))
     found = within("out", torch.cat(outputs, 1), truth["out"], errors["out"], dtype)
     lengths = float((cache.lengths - case.keys).abs().max())
     return [found, Comparison("lengths", lengths, 0.0)]

@@ -1,0 +1,275 @@
+"""``python -m bench speed`` on tiny shapes: what it writes, and what it refuses to time."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnvariants
+from attnvariants._verify import Comparison
+from bench import contenders, peers, speed, timing
+from bench.cases import DECODING, FORWARD, TRAINING, Case
+from bench.contenders import InputSets
+from bench.errors import BenchError
+from bench.peers import Peer
+from bench.records import read_json
+from bench.speed_cases import SpeedCase, speed_cases
+
+BOTH = (FORWARD, TRAINING)
+GATED = Case("gated_sdpa", "gated", length=32, gate="elementwise")
+LOCAL = Case("ls_attention", "ls", length=48, options={"window": (8, None)})
+DECODE = Case("attention_decode", "decode", length=1, key_length=17, gate="elementwise", steps=(1,))
+STEP = Case("linear_attention_decode", "step", length=1, g="channel", initial_state=True)
+
+
+def _sweep(length: int) -> SpeedCase:
+    return SpeedCase(Case("diag_attention", f"diag {length}", length=length), BOTH, ("sdpa",), True)
+
+
+CASES = [
+    SpeedCase(GATED, BOTH, ("sdpa", "sdpa + gate", "sdpa cudnn", "flex", "fa3")),
+    SpeedCase(LOCAL, (FORWARD,), ("sdpa", "two calls")),
+    SpeedCase(DECODE, (DECODING,), ("sdpa decode",)),
+    SpeedCase(STEP, (DECODING,), ("plain step", "fla fused_recurrent_gla")),
+    _sweep(32),
+    _sweep(64),
+]
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny cases, one set of inputs, and anchors that cost nothing."""
+
+    def anchors(moment: str, device: object, dtypes: list[torch.dtype]) -> timing.Anchors:
+        rates = {str(dtype).removeprefix("torch."): 1e11 for dtype in dtypes}
+        return timing.Anchors(moment, 1e10, rates)
+
+    monkeypatch.setattr(timing, "measure_anchors", anchors)
+    monkeypatch.setattr(contenders, "cache_bytes", lambda device: 1)
+    monkeypatch.setattr(timing, "CPU_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(speed, "speed_cases", lambda device, quick, lengths: CASES)
+
+
+def _run(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    parser = argparse.ArgumentParser()
+    speed.add_arguments(parser)
+    fixed = ["--quick", "--rounds", "2", "--device", "cpu", "--out", str(out)]
+    code = speed.run(parser.parse_args([*fixed, *arguments]))
+    return code, read_json(out / "speed.json")
+
+
+def _peer(monkeypatch: pytest.MonkeyPatch, name: str, same: bool, call: Callable[..., Any]) -> None:
+    monkeypatch.setitem(peers._PEERS, name, Peer(name, same, call))
+
+
+def test_everything_is_timed_or_says_why_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(case: Case, inputs: object, mode: str) -> None:
+        raise peers.Missing("no time for it")
+
+    _peer(monkeypatch, "flex", True, no_compiler)
+    code, content = _run(tmp_path)
+    assert code == 0
+    assert {"environment", "protocol", "anchors", "noise", "flatness", "rows"} == set(content)
+    rows = content["rows"]
+    fields = {field.name for field in dataclasses.fields(speed.Row)}
+    assert all(set(row) == fields for row in rows)
+    timed = [row for row in rows if row["status"] == "ok"]
+    assert {(row["function"], row["mode"]) for row in timed if row["ours"]} == {
+        ("gated_sdpa", FORWARD),
+        ("gated_sdpa", TRAINING),
+        ("ls_attention", FORWARD),
+        ("attention_decode", DECODING),
+        ("linear_attention_decode", DECODING),
+        ("diag_attention", FORWARD),
+        ("diag_attention", TRAINING),
+    }
+    for row in timed:
+        assert row["reason"] is None
+        assert 0 < row["q20_s"] <= row["median_s"] <= row["q80_s"]
+        assert row["rounds"] == 2
+        assert row["percent_of_floor"] == pytest.approx(100 * row["floor_s"] / row["median_s"])
+        assert row["tokens_per_s"] == pytest.approx(
+            row["shape"]["B"] * row["shape"]["T"] / row["median_s"]
+        )
+    missing = {row["contender"]: row["reason"] for row in rows if row["status"] == "missing"}
+    assert set(missing) == {"sdpa cudnn", "flex", "fa3", "fla fused_recurrent_gla"}
+    assert all(missing.values())
+    text = capsys.readouterr().out
+    assert "not installed: " in text
+    assert "anchors drifted by 0.0 %" in text
+    assert "Tokens per second over the length" in text
+
+
+def test_ratios_flatness_and_noise(tmp_path: Path) -> None:
+    _, content = _run(tmp_path, "--functions", "ls_attention", "diag_attention")
+    (ours,) = [row for row in content["rows"] if row["case"] == "ls" and row["ours"]]
+    assert set(ours["ratio_to"]) == {"sdpa", "two calls"}
+    for found in ours["ratio_to"].values():
+        assert 0 < found["low"] <= found["median"] <= found["high"]
+    assert [(entry["case"], entry["mode"]) for entry in content["noise"]] == [("ls", FORWARD)]
+    assert {(entry["mode"], tuple(entry["lengths"])) for entry in content["flatness"]} == {
+        (FORWARD, (32, 64)),
+        (TRAINING, (32, 64)),
+    }
+
+
+def test_strict_json(tmp_path: Path) -> None:
+    _run(tmp_path, "--functions", "ls_attention")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    json.loads((tmp_path / "speed.json").read_text(), parse_constant=refuse)
+
+
+def test_what_fails_verify_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(case: Case, impl: str, *rest: object) -> list[Comparison]:
+        return [Comparison("dq", 2.0, 1.0 if impl == "eager" else 3.0)]
+
+    monkeypatch.setattr(speed, "check", wrong)
+    code, content = _run(tmp_path, "--functions", "ls_attention")
+    assert code == 1
+    ours, *others = content["rows"]
+    assert (ours["contender"], ours["status"], ours["median_s"]) == ("eager", "failed verify", None)
+    assert "dq of" in ours["reason"]
+    assert {row["status"] for row in others} == {"missing"}
+    assert "failed verify: eager for ls_attention" in capsys.readouterr().out
+    code, content = _run(tmp_path, "--functions", "ls_attention", "--impls", "reference")
+    assert code == 0
+    assert content["rows"][0]["status"] == "ok"
+
+
+def test_a_verify_call_that_raises_blocks_timing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("bad kernel")
+
+    monkeypatch.setattr(speed, "check", fail)
+    code, content = _run(tmp_path, "--functions", "ls_attention")
+    assert code == 1
+    assert "RuntimeError: bad kernel" in content["rows"][0]["reason"]
+
+
+def test_a_peer_with_other_results_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(case: Case, inputs: dict[str, Tensor], mode: str) -> Callable[[], Tensor]:
+        return lambda: 1.1 * inputs["v"]
+
+    _peer(monkeypatch, "two calls", True, build)
+    _, content = _run(tmp_path, "--functions", "ls_attention")
+    (row,) = [row for row in content["rows"] if row["contender"] == "two calls"]
+    assert row["status"] == "missing"
+    assert "differs from ours" in row["reason"]
+
+
+def test_a_peer_that_breaks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(case: Case, inputs: object, mode: str) -> Callable[[], Tensor]:
+        raise RuntimeError("no such kernel")
+
+    def late(case: Case, inputs: object, mode: str) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            raise RuntimeError("out of memory")
+
+        return call
+
+    _peer(monkeypatch, "two calls", True, build)
+    _peer(monkeypatch, "sdpa", False, late)
+    code, content = _run(tmp_path, "--functions", "ls_attention")
+    assert code == 0
+    reasons = {row["contender"]: row["reason"] for row in content["rows"]}
+    assert reasons["two calls"] == "RuntimeError: no such kernel"
+    assert reasons["sdpa"] == "RuntimeError: out of memory"
+
+
+def test_calls_that_would_take_minutes_are_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(speed.LONGEST_CALL, "cpu", 1e-9)
+    _, content = _run(tmp_path, "--functions", "ls_attention")
+    assert all(row["status"] == "missing" for row in content["rows"])
+    assert all("a call takes more than" in row["reason"] for row in content["rows"])
+
+
+def test_results_so_far_survive_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = speed.Session.time
+
+    def interrupted(self: speed.Session, entry: SpeedCase, mode: str, dtype: str) -> Any:
+        if entry.case.name == "ls":
+            raise KeyboardInterrupt
+        return original(self, entry, mode, dtype)
+
+    monkeypatch.setattr(speed.Session, "time", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, "--functions", "gated_sdpa", "ls_attention")
+    rows = read_json(tmp_path / "speed.json")["rows"]
+    assert {row["case"] for row in rows} == {"gated"}
+
+
+def test_nothing_to_time(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="nothing to time"):
+        _run(tmp_path, "--functions", "gated_sdpa", "--modes", "decode")
+
+
+@pytest.mark.parametrize("arguments", [["--lengths", "0"], ["--rounds", "x"], ["--modes", "both"]])
+def test_bad_arguments_end_with_code_2(tmp_path: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        _run(tmp_path, *arguments)
+    assert caught.value.code == 2
+
+
+def test_decode_starts_every_sample_at_the_same_length() -> None:
+    inputs = InputSets(DECODE, DECODING, torch.float32, torch.device("cpu"))
+    entry = SpeedCase(DECODE, (DECODING,), ())
+    (ours,) = contenders.candidates(entry, ["eager"])
+    assert ours.prepare(inputs) is None
+    first = ours.output()
+    for _ in range(3):
+        ours.contender().run(0)
+    assert torch.equal(ours.output(), first)
+    assert ours.cache_bytes == 2 * (16 + timing.MAX_REPEATS) * 2 * 16 * 4 + 4
+
+
+def test_input_sets_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "cache_bytes", lambda device: 20_000)
+    inputs = InputSets(LOCAL, TRAINING, torch.float32, torch.device("cpu"))
+    assert inputs.count == 4  # 3 x 20,000 bytes in sets of 18,432
+    assert not torch.equal(inputs.sets[0]["q"], inputs.sets[1]["q"])
+    assert all(tensor.requires_grad for tensor in inputs.sets[3].values())
+
+
+def test_the_last_level_cache_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert 2**20 <= contenders.cache_bytes(torch.device("cpu")) <= 2**30
+
+
+def test_lengths_of_the_sweep() -> None:
+    cases = [entry for entry in speed_cases("cpu", lengths=[100, 300]) if entry.sweep]
+    assert {entry.case.length for entry in cases} == {100, 300}
+    assert {entry.case.heads for entry in cases} == {4}
+
+
+def test_an_unusable_implementation_is_left_out() -> None:
+    entry = SpeedCase(LOCAL, BOTH, ())
+    usable = [
+        impl
+        for impl, (ok, _) in attnvariants.implementations()["ls_attention"].items()
+        if ok and impl != "reference"
+    ]
+    found = contenders.candidates(entry, ["cuda", "triton", "eager"])
+    assert [candidate.name for candidate in found] == usable
