@@ -137,6 +137,10 @@ def test_compiles(name: str) -> None:
     checks.compiles(layer, checks.tokens(2, 16, 32, dtype=torch.float32))
 
 
+def test_steps_compile() -> None:
+    checks.steps_compile(make(**VARIANTS["LRPE"]), checks.tokens(2, 9, 32))
+
+
 def test_lrpe_depends_on_the_distance_only() -> None:
     encoding = make(lrpe=True).lrpe
     q, k = checks.tokens(1, 6, 2, 8), checks.tokens(1, 6, 2, 8)
@@ -186,7 +190,3 @@ def test_refused_calls() -> None:
     with pytest.raises(ValueError, match="max_length=8"):
         layer(x, cache=cache)
     assert cache.lengths.tolist() == [5, 5]
-
-
-def test_steps_compile() -> None:
-    checks.steps_compile(make(**VARIANTS["LRPE"]), checks.tokens(2, 9, 32))

@@ -136,6 +136,10 @@ def test_compiles() -> None:
     checks.compiles(layer, checks.tokens(2, 16, 32, dtype=torch.float32))
 
 
+def test_steps_compile() -> None:
+    checks.steps_compile(make(num_kv_heads=2), checks.tokens(2, 9, 32))
+
+
 def test_state_stays_float32_in_a_half_precision_layer() -> None:
     cache = make(torch.bfloat16).init_cache(2, 100)
     assert (cache.dtype, cache.state.shape) == (torch.float32, (2, 4, 4, 8))
@@ -188,7 +192,3 @@ def test_refused_calls() -> None:
     layer(x, cache=cache)
     with pytest.raises(ValueError, match="take an empty cache"):
         layer(x, cache=cache, padding_mask=torch.ones(2, 5, dtype=torch.bool))
-
-
-def test_steps_compile() -> None:
-    checks.steps_compile(make(num_kv_heads=2), checks.tokens(2, 9, 32))

@@ -227,6 +227,10 @@ def test_compiles(name: str) -> None:
     checks.compiles(layer, checks.tokens(2, 16, 32, dtype=torch.float32))
 
 
+def test_steps_compile() -> None:
+    checks.steps_compile(make(**VARIANTS["G1"]), checks.tokens(2, 9, 32))
+
+
 def test_compiles_packed() -> None:
     x, bounds = checks.tokens(1, 16, 32), torch.tensor([0, 7, 16]).int()
     checks.compiles(make(), x, cu_seqlens=bounds)
@@ -290,8 +294,9 @@ def test_positions() -> None:
     assert token_positions(x, None, None).tolist() == [0, 1, 2, 3, 4, 5]
     packed = token_positions(x, None, torch.tensor([0, 2, 2, 6]).int())
     assert packed.tolist() == [0, 1, 0, 1, 2, 3]
-    lengths = torch.tensor([3, 5]).int()
-    assert token_positions(x[:, :2], lengths, None).tolist() == [[3, 4], [5, 6]]
+    cache = KVCache(2, 8, 1, 8, 8)
+    cache.lengths.copy_(torch.tensor([3, 5]))
+    assert token_positions(x[:, :2], cache, None).tolist() == [[3, 4], [5, 6]]
 
 
 def test_angles_are_float32_in_a_half_precision_layer() -> None:
@@ -454,7 +459,3 @@ def test_refused_layouts() -> None:
         convert.split_official(torch.randn(64, 4), 4, 2, gate="both")
     with pytest.raises(ValueError, match="must be a multiple of num_kv_heads=3"):
         convert.hf_to_official(torch.randn(64, 4), 4, 3)
-
-
-def test_steps_compile() -> None:
-    checks.steps_compile(make(**VARIANTS["G1"]), checks.tokens(2, 9, 32))

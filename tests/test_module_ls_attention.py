@@ -147,6 +147,10 @@ def test_compiles() -> None:
     checks.compiles(layer, checks.tokens(2, 16, 32, dtype=torch.float32))
 
 
+def test_steps_compile() -> None:
+    checks.steps_compile(make(**VARIANTS["gated"]), checks.tokens(2, 9, 32))
+
+
 def test_cache_of_local_heads_is_small() -> None:
     """The sheet's example: 12 heads, one global, window 100, 8192 tokens: a tenth."""
     sizes = {"head_dim": 2, "num_local_heads": 11, "local_window": 100}
@@ -195,7 +199,3 @@ def test_author_weights() -> None:
         torch.testing.assert_close((x @ weight.T).view(5, 4, 8), expected[:, part])
     with pytest.raises(ValueError, match="c_global_attn has 23 rows"):
         convert.split_long_short(local, rest[1:], head_dim=8)
-
-
-def test_steps_compile() -> None:
-    checks.steps_compile(make(**VARIANTS["gated"]), checks.tokens(2, 9, 32))

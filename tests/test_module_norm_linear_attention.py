@@ -147,6 +147,10 @@ def test_compiles(name: str) -> None:
     checks.compiles(layer, checks.tokens(2, 16, 32, dtype=torch.float32))
 
 
+def test_steps_compile() -> None:
+    checks.steps_compile(make(**VARIANTS["LRPE"]), checks.tokens(2, 9, 32))
+
+
 def test_alibi_decay_is_the_released_one() -> None:
     slopes = [-rate / (1 + 1e-5) for rate in alibi_decay(8, 0, 24)]
     assert slopes == pytest.approx([2.0**-i for i in range(1, 9)])
@@ -281,7 +285,3 @@ def test_refused_calls() -> None:
         bidirectional(x, cache=make().init_cache(1, 8))
     with pytest.raises(ValueError, match="cache has key_dim 8, this layer takes 16"):
         make(lrpe="concat")(x, cache=make().init_cache(1, 8))
-
-
-def test_steps_compile() -> None:
-    checks.steps_compile(make(**VARIANTS["LRPE"]), checks.tokens(2, 9, 32))

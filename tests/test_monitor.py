@@ -282,6 +282,11 @@ def test_inference_mode() -> None:
     with LogitMonitor(layer) as monitor, torch.inference_mode():
         layer(x)
     torch.testing.assert_close(monitor.read(), expected)
+    with torch.inference_mode():
+        monitor.__enter__()
+    layer(x)  # outside of the mode that the monitor was entered in
+    monitor.__exit__(None, None, None)
+    torch.testing.assert_close(monitor.read(), expected)
 
 
 def test_a_second_monitor_is_refused_and_changes_nothing() -> None:

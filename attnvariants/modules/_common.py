@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from attnvariants.ops.attention_decode import MAX_STEPS
 from attnvariants.recurrent_state import RecurrentState
 
 Cache = KVCache | RecurrentState
+C = TypeVar("C", KVCache, RecurrentState)
 
 
 class AttentionLayer(nn.Module):
@@ -266,12 +267,11 @@ class RecurrentLayer(AttentionLayer):
         """
         if cache is None:
             return self._call(full, cu_seqlens=cu_seqlens)
-        if cache.max_filled and length <= MAX_STEPS:
-            return step(state=cache)
-        earlier = cache.state.clone() if cache.max_filled else None
-        out, state = self._call(
-            full, cu_seqlens=cu_seqlens, initial_state=earlier, return_state=True
-        )
+        past = filled(cache)
+        if past is not None and length <= MAX_STEPS:
+            return step(state=past)
+        start = None if past is None else past.state.clone()
+        out, state = self._call(full, cu_seqlens=cu_seqlens, initial_state=start, return_state=True)
         cache.update(state, length, cu_seqlens)
         return out
 
@@ -282,6 +282,11 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         wide = F.rms_norm(widen(x), self.normalized_shape, widen(self.weight), self.eps)
         return wide.to(x.dtype)
+
+
+def filled(cache: C | None) -> C | None:
+    """``cache`` where it holds earlier tokens, else ``None``."""
+    return cache if cache is not None and cache.max_filled > 0 else None
 
 
 def positive(layer: str, option: str, value: Any, *, or_zero: bool = False) -> float:

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from attnvariants._checks import state_dtype
-from attnvariants.modules._common import widen
+from attnvariants.modules._common import Cache, widen
 
 
-def token_positions(x: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Positions of the tokens of ``x [B, T, C]``: ``[T]``, or ``[B, T]`` behind ``lengths [B]``.
+def token_positions(x: Tensor, past: Cache | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Positions of the tokens of ``x [B, T, C]``: ``[T]``, or ``[B, T]`` behind a filled cache.
 
     They restart with every packed sequence. Nothing is read by the host.
     """
     index = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
-    if lengths is not None:
-        return lengths[:, None] + index
+    if past is not None:
+        return past.lengths[:, None] + index
     if cu_seqlens is None:
         return index
     sequence = torch.bucketize(index, cu_seqlens[1:], right=True)

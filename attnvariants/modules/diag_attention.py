@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from attnvariants import _checks
 from attnvariants.kv_cache import KVCache
-from attnvariants.modules._common import KeyValueLayer, positive, repeat_heads, split_heads, widen
+from attnvariants.modules._common import (
+    KeyValueLayer,
+    filled,
+    positive,
+    repeat_heads,
+    split_heads,
+    widen,
+)
 from attnvariants.modules._positions import LRPE, token_positions
 from attnvariants.ops.diag import ACTIVATIONS
 from attnvariants.ops.diag_attention import diag_attention_with_stats
@@ -103,16 +110,15 @@ class DiagAttention(KeyValueLayer):
         q = split_heads(self.q_proj(x), self.num_heads)  # [B, T, H, D]
         k = split_heads(self.k_proj(x), self.num_kv_heads)  # [B, T, Hkv, D]
         v = split_heads(self.v_proj(x), self.num_kv_heads)
-        continued = cache is not None and cache.max_filled > 0
+        past = filled(cache)
         if self.lrpe is not None:
-            lengths = cache.lengths if continued and cache is not None else None
-            positions = token_positions(x, lengths, cu_seqlens)
+            positions = token_positions(x, past, cu_seqlens)
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)
 
-        if continued and cache is not None:
-            cache.reserve(type(self).__name__, x.shape[1])
+        if past is not None:
+            past.reserve(type(self).__name__, x.shape[1])
             pieces = (t.split(self.block_size, dim=1) for t in (q, k, v))
-            steps = [self._step(*piece, cache=cache) for piece in zip(*pieces, strict=True)]
+            steps = [self._step(*piece, cache=past) for piece in zip(*pieces, strict=True)]
             out = torch.cat(steps, dim=1)
         else:
             out, max_logit = diag_attention_with_stats(

@@ -13,6 +13,7 @@ from attnvariants.kv_cache import KVCache
 from attnvariants.modules._common import (
     KeyValueLayer,
     RMSNorm,
+    filled,
     positive,
     split_heads,
     widen,
@@ -184,18 +185,17 @@ class GatedAttention(KeyValueLayer):
         gate = self._logits(x)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = self._gated("query", q, gate), self._gated("key", k, gate), v
+        q, k = self._gated("query", q, gate), self._gated("key", k, gate)
         v = self._gated("value", v, gate)
-        continued = cache is not None and cache.max_filled > 0
+        past = filled(cache)
         if self.rope_base is not None:
-            lengths = cache.lengths if continued and cache is not None else None
-            positions = token_positions(x, lengths, cu_seqlens)
+            positions = token_positions(x, past, cu_seqlens)
             angles = angles_of(positions, rope_frequencies(self.rope_base, self.head_dim, q))
             q, k = rotate(q, angles), rotate(k, angles)
 
         fused = gate if self._fused else None
-        if continued and cache is not None:
-            out = self._step(q, k, v, fused, cache)
+        if past is not None:
+            out = self._step(q, k, v, fused, past)
         else:
             out = self._attention(q, k, v, fused, cu_seqlens)
             if cache is not None:

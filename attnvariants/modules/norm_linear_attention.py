@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attnvariants import _checks
 from attnvariants.modules._common import (
     RecurrentLayer,
+    filled,
     positive,
     repeat_heads,
     split_heads,
@@ -227,8 +228,7 @@ class NormLinearAttention(RecurrentLayer):
         v = split_heads(self.v_proj(x), self.num_kv_heads)
         feature_map = self.feature_map
         if self.lrpe is not None:
-            lengths = cache.lengths if cache is not None and cache.max_filled else None
-            positions = token_positions(x, lengths, cu_seqlens)
+            positions = token_positions(x, filled(cache), cu_seqlens)
             phi = _PHI[feature_map]
             # phi comes before the positions, so the attention function must not apply it again
             q, k = (self.lrpe(phi(widen(t)), positions).to(v.dtype) for t in (q, k))
