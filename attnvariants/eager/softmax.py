@@ -1,0 +1,158 @@
+"""Softmax attention with windows and an output gate in plain PyTorch.
+
+Half precision is computed in float32 and rounded once. The backward starts from the gated output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnvariants._checks import state_dtype
+from attnvariants.eager import _tiles
+from attnvariants.eager._gate import activate, log_derivative
+from attnvariants.eager._parts import by_length, by_window, put_heads, take_heads
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    cu_seqlens: Tensor | None,
+    windows: list[int],
+    causal: bool,
+    scale: float,
+    activation: str | None,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the operator ``softmax_forward``."""
+    dtype, wide = v.dtype, state_dtype(v.dtype)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if cu_seqlens is None:
+        out, lse, max_logit = _attend(q, k, v, windows, causal, scale)
+    else:
+        out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3])
+        max_logit = q.new_full((q.shape[2],), float("-inf"))
+        for tokens in by_length(cu_seqlens, q.shape[1]):
+            parts = _attend(q[0, tokens], k[0, tokens], v[0, tokens], windows, causal, scale)
+            out[0, tokens], lse[0, tokens] = parts[0], parts[1]
+            max_logit = torch.maximum(max_logit, parts[2])
+    if gate is not None and activation is not None:
+        out.mul_(activate(activation, _per_channel(gate.to(wide))))
+    return out.to(dtype), lse, max_logit if stats else q.new_empty(0)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    windows: list[int],
+    causal: bool,
+    scale: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See the operator ``softmax_backward``."""
+    wide = state_dtype(v.dtype)
+    dgate = q.new_empty(0)
+    dout = dout.to(wide)
+    if gate is not None and activation is not None:
+        logits = gate.to(wide)
+        product = dout * out
+        product = product if gate.dim() == 4 else product.sum(dim=-1)
+        dgate = _finish(product * log_derivative(activation, logits), gate)
+        dout = dout * activate(activation, _per_channel(logits))
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    options = (windows, causal, scale)
+    inputs = (dout, dlse, q.to(wide), k.to(wide), v.to(wide), lse)
+    if cu_seqlens is None:
+        dq, dk, dv = _attend_backward(inputs, *options)
+    else:
+        dq, dk, dv = (torch.empty_like(x) for x in inputs[2:5])
+        for tokens in by_length(cu_seqlens, q.shape[1]):
+            parts = _attend_backward([x[0, tokens] for x in inputs], *options)
+            dq[0, tokens], dk[0, tokens], dv[0, tokens] = parts
+    return _finish(dq, q), _finish(dk, k), _finish(dv, v), dgate
+
+
+def _attend(
+    q: Tensor,  # [N, T, H, K]
+    k: Tensor,  # [N, S, Hkv, K]
+    v: Tensor,  # [N, S, Hkv, V]
+    windows: list[int],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and largest logits of sequences of one length."""
+    blind = _blind_queries(q, k, causal)
+    q, group = q[:, blind:], q.shape[2] // k.shape[2]
+    runs = by_window(windows, k.shape[1])
+    if len(runs) == 1:
+        out, lse, max_logit = _tiles.forward(q, k, v, scale, causal, *runs)
+    else:
+        out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3])
+        max_logit = q.new_empty(q.shape[2])
+        for window, heads in runs.items():
+            inputs = take_heads(q, heads, group), take_heads(k, heads), take_heads(v, heads)
+            parts = _tiles.forward(*inputs, scale, causal, window)
+            put_heads(out, parts[0], heads, group)
+            put_heads(lse, parts[1], heads, group)
+            put_heads(max_logit[None, None], parts[2][None, None], heads, group)
+    if blind:
+        out = F.pad(out, (0, 0, 0, 0, blind, 0))
+        lse = F.pad(lse, (0, 0, blind, 0), value=float("-inf"))
+    return out, lse, max_logit
+
+
+def _attend_backward(
+    inputs: Sequence[Tensor], windows: list[int], causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`_attend`; ``inputs`` are dout, dlse, q, k, v and lse."""
+    dout, dlse, q, k, v, lse = inputs
+    blind = _blind_queries(q, k, causal)
+    dout, dlse, q, lse = (x[:, blind:] for x in (dout, dlse, q, lse))
+    group = q.shape[2] // k.shape[2]
+    runs = by_window(windows, k.shape[1])
+    if len(runs) == 1:
+        dq, dk, dv = _tiles.backward(dout, dlse, q, k, v, lse, scale, causal, *runs)
+    else:
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        for window, heads in runs.items():
+            parts = _tiles.backward(
+                take_heads(dout, heads, group),
+                take_heads(dlse, heads, group),
+                take_heads(q, heads, group),
+                take_heads(k, heads),
+                take_heads(v, heads),
+                take_heads(lse, heads, group),
+                scale,
+                causal,
+                window,
+            )
+            put_heads(dq, parts[0], heads, group)
+            put_heads(dk, parts[1], heads)
+            put_heads(dv, parts[2], heads)
+    return F.pad(dq, (0, 0, 0, 0, blind, 0)) if blind else dq, dk, dv
+
+
+def _blind_queries(q: Tensor, k: Tensor, causal: bool) -> int:
+    """How many leading queries stand before the first key and see nothing."""
+    return max(0, q.shape[1] - k.shape[1]) if causal else 0
+
+
+def _per_channel(gate: Tensor) -> Tensor:
+    """A gate that broadcasts over ``[B, T, H, V]``."""
+    return gate if gate.dim() == 4 else gate[..., None]
+
+
+def _finish(gradient: Tensor, like: Tensor) -> Tensor:
+    return gradient.to(like.dtype, memory_format=torch.contiguous_format)
