@@ -188,7 +188,7 @@ def check(
     case: Case, impl: str, dtype: torch.dtype, device: torch.device, *, gradients: bool = True
 ) -> list[Comparison]:
     """Compares every output, and every gradient where there are any, with float64."""
-    tensors = case.tensors(device=device)
+    tensors = {name: tensor.to(device) for name, tensor in case.tensors().items()}
     if case.function == "attention_decode":
         return _check_attention_decode(case, tensors, impl, dtype)
     if case.function == "linear_attention_decode":
