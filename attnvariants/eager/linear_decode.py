@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-FEATURE_MAPS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    "elu+1": lambda x: F.elu(x) + 1,
-    "elu": F.elu,
-    "relu": F.relu,
-    "silu": F.silu,
-    None: lambda x: x,
-}
-GATES: dict[str | None, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    None: lambda x: x,
-}
-NORM_AXES = {"model": (-2, -1), "head": (-1,)}
+from attnvariants.eager._epilogue import FEATURE_MAPS, Epilogue
 
 
 def attend(
@@ -39,28 +24,23 @@ def attend(
     gate_activation: str | None,
 ) -> Tensor:
     """One read-modify-write of the state per token; then the epilogue, in the state's dtype."""
-    wide, dtype = state.dtype, v.dtype
-    q = FEATURE_MAPS[feature_map](q.to(wide)) * scale
-    k, v = FEATURE_MAPS[feature_map](k.to(wide)), v.to(wide)
+    wide, dtype, shape = state.dtype, v.dtype, v.shape
+    phi = FEATURE_MAPS[feature_map].value
+    q, k, v = phi(q.to(wide)) * scale, phi(k.to(wide)), v.to(wide)
     decay = None if g is None else _per_channel(g.to(wide).exp(), q)  # [B, Q, H, K or 1]
     outputs = []
-    for t in range(q.shape[1]):
+    for t in range(shape[1]):
         if decay is not None:
             state.mul_(decay[:, t, :, :, None])
         state.addcmul_(k[:, t, :, :, None], v[:, t, :, None])
-        outputs.append(q[:, t, :, None] @ state)  # [B, H, 1, V]
+        outputs.append((q[:, t, :, None] @ state).squeeze(2))  # [B, H, V]
     if lengths is not None:
-        lengths.add_(q.shape[1])
-    o = torch.cat(outputs, dim=2).transpose(1, 2)  # [B, Q, H, V]
-
-    if norm is not None:
-        o = o * (o.square().mean(NORM_AXES[norm], keepdim=True) + eps).rsqrt()
-    if norm_weight is not None:
-        o = o * norm_weight.to(wide)
-    if gate is not None:
-        gate = GATES[gate_activation](gate.to(wide))
-        o = o * (gate if gate.dim() == 4 else gate[..., None])
-    return o.to(dtype).contiguous()
+        lengths.add_(shape[1])
+    o = torch.stack(outputs, dim=1).flatten(0, 1)  # [B * Q, H, V]
+    gate = None if gate is None else gate.to(wide).flatten(0, 1)
+    epilogue = Epilogue.of(norm, eps, norm_weight, gate_activation, wide)
+    out, _, _ = epilogue.forward(o, gate)
+    return out.to(dtype).view(shape)
 
 
 def _per_channel(decay: Tensor, q: Tensor) -> Tensor:

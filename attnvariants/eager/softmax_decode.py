@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnvariants._checks import state_dtype
+from attnvariants.eager._gate import activate
 from attnvariants.kv_cache import HeadRun, head_runs, write
-
-ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "ns_sigmoid": lambda logits: 0.5 + 0.5 * torch.sigmoid(logits),
-    "softplus": lambda logits: -F.logsigmoid(-logits),
-}
 
 
 def attend(
@@ -54,9 +48,9 @@ def attend(
         parts.append(_softmax(queries[:, :, run.heads], keys.to(wide), values.to(wide), visible))
     lengths.add_(steps)
     out, row_max, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-    if gate is not None:
-        gate = gate.to(wide)
-        out *= ACTIVATIONS[gate_activation](gate if gate.dim() == 4 else gate[..., None])
+    if gate is not None and gate_activation is not None:
+        opening = activate(gate_activation, gate.to(wide))
+        out *= opening if gate.dim() == 4 else opening[..., None]
     return out.to(v.dtype), row_max, lse
 
 
