@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -133,8 +134,8 @@ class Display:
             self._console.print(table)
         self._print(
             "(score): pre-normalisation score of linear attention, another quantity than a softmax "
-            f"logit. vs {BASELINE}: mean ± sd over seeds; overlapping intervals are not "
-            "distinguishable."
+            f"logit. vs {BASELINE}: mean ± sd over seeds; overlapping intervals (~) are "
+            "not distinguishable."
         )
         self._print(f"{summary.finished} of {summary.planned} runs in {self._out / FOLDER}")
 
@@ -170,23 +171,28 @@ def _kind(out: Path, run: RunConfig) -> str:
     return "max logit" if softmax else "max score"
 
 
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        justify: JustifyMethod = "left" if heading == "mixer" else "right"
+        table.add_column(heading, justify=justify, no_wrap=True)
+    return table
+
+
 def _cells(cells: Sequence[Cell]) -> Table:
-    table = Table(title="Loss and peak logits (mean ± sd over seeds)", title_justify="left")
-    headings = ("mixer", "LR", "val loss", "peak max logit", "local", "global", "entropy")
-    for heading in (*headings, "max act.", "status", f"loss vs {BASELINE}", f"peak vs {BASELINE}"):
-        table.add_column(heading, justify="left" if heading == "mixer" else "right")
+    headings = ["mixer", "LR", "val loss", "peak\nmax logit", "local /\nglobal", "entropy"]
+    headings += ["max\nactivation", "status", f"loss vs\n{BASELINE}", f"peak vs\n{BASELINE}"]
+    table = _table("Loss and peak logits, mean ± sd over seeds", headings)
     for before, cell in zip([None, *cells], cells, strict=False):
         if before and before.mixer != cell.mixer:
             table.add_section()
-        apart = cell.peak_max_logit_local is not None
         table.add_row(
             mixer_name(cell.mixer, cell.logit_kind),
             f"{cell.lr:g}",
             mean_sd(cell.val_loss, 3),
             mean_sd(cell.peak_max_logit),
-            mean_sd(cell.peak_max_logit_local) if apart else "",
-            mean_sd(cell.peak_max_logit_global) if apart else "",
-            mean_sd(cell.entropy, 2) if cell.entropy else "",
+            _local_and_global(cell),
+            number(cell.entropy.mean, 2) if cell.entropy else "",
             number(cell.max_activation.mean if cell.max_activation else None),
             cell.status,
             _verdict(cell.loss_vs_baseline),
@@ -195,15 +201,19 @@ def _cells(cells: Sequence[Cell]) -> Table:
     return table
 
 
+def _local_and_global(cell: Cell) -> str:
+    local, other = cell.peak_max_logit_local, cell.peak_max_logit_global
+    return f"{number(local.mean)} / {number(other.mean)}" if local and other else ""
+
+
 def _verdict(comparison: str | None) -> str:
-    return {None: "", "not distinguishable": "same?"}.get(comparison, comparison or "")
+    return {None: "", "not distinguishable": "~"}.get(comparison, comparison or "")
 
 
 def _mixers(summary: Summary) -> Table:
-    table = Table(title="Over the whole grid", title_justify="left")
-    headings = ("mixer", "parameters", "best loss", "at LR", "LR sensitivity")
-    for heading in (*headings, "growth exponents", "logit > 100 at step", "tokens/s", "CPU s/run"):
-        table.add_column(heading, justify="left" if heading == "mixer" else "right")
+    headings = ["mixer", "parameters", "best loss", "at LR", "LR\nsensitivity"]
+    headings += ["growth\nexponents", "logit > 100\nat step", "tokens/s", "CPU s\nper run"]
+    table = _table("Over the whole grid", headings)
     for row in summary.mixers:
         table.add_row(*_mixer_row(row))
     return table

@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.records import PerHead, Run, Study
 
 DANGER_LINES = (1e2, 1e3, 1e4)  # max logits at which training has been seen to suffer
-DEGRADED_MARGIN = 0.1  # nats above the mixer's best run
+DEGRADED_MARGIN = 0.1  # nats above the mixer's best learning rate
 DIVERGED_MARGIN = 1.0
 SINK_SHARE = 0.3  # mean attention on the first token above which a head is a sink
 STATUSES = ("ok", "degraded", "diverged", "nan")  # from best to worst
@@ -140,7 +140,8 @@ def depth_growth(first: float, last: float, layers: int) -> float:
 def status(run: Run, best: float) -> str:
     """``nan``, ``diverged``, ``degraded`` or ``ok``, next to the ``best`` loss of the mixer.
 
-    Diverged: above the loss at initialisation, or 1 nat above the best; degraded: 0.1 above.
+    The best is the mean over seeds at the mixer's best learning rate. Diverged: above the loss at
+    initialisation, or 1 nat above the best; degraded: 0.1 above it.
     """
     result = run.result
     if result is None:
@@ -303,26 +304,26 @@ def summarise(study: Study) -> Summary:
 
 
 def _cells(runs: list[Run], baseline: list[Cell]) -> list[Cell]:
-    best = _best_loss(runs)
     by_lr: dict[float, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.config.lr):
         by_lr.setdefault(run.config.lr, []).append(run)
+    losses = [_losses(same) for same in by_lr.values()]
+    best = min((loss.mean for loss in losses if loss), default=math.inf)
     return [
         _cell(same, best, next((c for c in baseline if c.lr == lr), None))
         for lr, same in by_lr.items()
     ]
 
 
-def _best_loss(runs: list[Run]) -> float:
-    losses = [run.result.val_loss for run in runs if run.result and run.result.status != "nan"]
-    return min((loss for loss in losses if not math.isnan(loss)), default=math.inf)
+def _losses(runs: list[Run]) -> Spread | None:
+    return spread(r.val_loss for run in runs if (r := run.result) and r.status != "nan")
 
 
 def _cell(runs: list[Run], best: float, baseline: Cell | None) -> Cell:
     results = [run.result for run in runs if run.result is not None]
     last = [(run.probes[-1], run.header.head_groups) for run in runs if run.probes]
     kind = logit_kind(runs[0])
-    val_loss = spread(r.val_loss for r in results if r.status != "nan")
+    val_loss = _losses(runs)
     peak = spread(r.peak_max_logit for r in results)
     alike = baseline is not None and baseline.logit_kind == kind
 

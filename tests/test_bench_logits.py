@@ -114,7 +114,7 @@ def test_plain_output_has_progress_and_tables(growth: tuple[Path, str]) -> None:
     lines = growth[1].splitlines()
     assert sum("left" in line and "loss" in line for line in lines) == 4
     assert any(line.startswith("text: ") and "sha256" in line for line in lines)
-    assert "LR sensitivity" in growth[1]
+    assert "growth" in growth[1]
     assert "4 of 4 runs" in lines[-1]
     assert max(map(len, lines)) < 250
     assert "\x1b" not in growth[1]
