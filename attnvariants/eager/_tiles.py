@@ -26,7 +26,7 @@ class Tiles:
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, causal: bool, window: int) -> None:
-        self.q, self.k = by_group(q, k.shape[2]), _by_head(k)
+        self.q, self.k = by_group(q, k.shape[2]), by_head(k)
         self.scale, self.causal, self.window = scale, causal, window
         self.queries, self.keys = q.shape[1], k.shape[1]
         self.lead = self.keys - self.queries
@@ -95,14 +95,14 @@ def forward(
         window: how many keys it sees, itself included, or ``UNLIMITED``.
     """
     tiles = Tiles(q, k, scale, causal, window)
-    values, buffer = _by_head(v), tiles.buffer()
+    values, buffer = by_head(v), tiles.buffer()
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse, largest = q.new_empty(q.shape[:3]), q.new_empty(q.shape[:3])
     outs, lses, maxima = (by_group(x, k.shape[2]) for x in (out, lse, largest))
     for rows, columns in tiles:
         p = tiles.logits(rows, columns, buffer)
         row_max = p.amax(dim=-1, keepdim=True)
-        _exp(p.sub_(row_max))
+        exp_(p.sub_(row_max))
         total = p.sum(dim=-1, keepdim=True)
         put_rows(outs, rows, torch.bmm(p, values[:, columns]).div_(total))
         put_rows(lses, rows, (row_max + total.log()).squeeze(-1))
@@ -126,12 +126,12 @@ def backward(
     A tile holds whole rows of P, so that ``D = sum(P * dP)`` needs no output and cancels exactly.
     """
     tiles = Tiles(q, k, scale, causal, window)
-    values, p_buffer, ds_buffer = _by_head(v), tiles.buffer(), tiles.buffer()
+    values, p_buffer, ds_buffer = by_head(v), tiles.buffer(), tiles.buffer()
     dq, dk, dv = q.new_empty(q.shape), torch.zeros_like(tiles.k), torch.zeros_like(values)
     dqs, douts, dlses, lses = (by_group(x, k.shape[2]) for x in (dq, dout, dlse, lse))
     for rows, columns in tiles:
         p = tiles.logits(rows, columns, p_buffer)
-        _exp(p.sub_(take_rows(lses, rows)[..., None]))
+        exp_(p.sub_(take_rows(lses, rows)[..., None]))
         p.div_(p.sum(dim=-1, keepdim=True))  # undoes the rounding of lse
         d = take_rows(douts, rows)  # [N * Hkv, G * rows, V]
         dv[:, columns] += torch.bmm(p.mT, d)
@@ -167,11 +167,11 @@ def put_rows(target: Tensor, rows: slice, x: Tensor) -> None:
     part.copy_(x.view(part.shape))
 
 
-def _by_head(x: Tensor) -> Tensor:
+def by_head(x: Tensor) -> Tensor:
     """``[N, S, Hkv, D]`` as contiguous ``[N * Hkv, S, D]``."""
     return x.transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _exp(x: Tensor) -> Tensor:
+def exp_(x: Tensor) -> Tensor:
     """``exp(x)`` in place; on a CPU exp2 takes a third of exp's time."""
     return x.mul_(_LOG2_E).exp2_()
