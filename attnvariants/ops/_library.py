@@ -29,6 +29,23 @@ def call_reference(definition: Callable[..., Any], *tensors: Any, **options: Any
         return definition(*tensors, **options)
 
 
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks the backward of an ``autograd.Function`` that has no derivative of its own.
+
+    Torch's decorator of this name drops a dependence on the inputs without a word.
+    """
+
+    @functools.wraps(backward)
+    def run(*args: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "attnvariants: gradients of gradients (create_graph=True) take impl='reference'"
+            )
+        return backward(*args)
+
+    return run
+
+
 def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps autocast, which reaches into operators, out of an implementation."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnvariants import _checks
-from attnvariants.ops._library import register
+from attnvariants.ops._library import once_differentiable, register
 
 ACTIVATIONS = ("softmax", "relu")
 
@@ -43,6 +43,7 @@ class BlockAttention(torch.autograd.Function):
         return out, max_logit
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
         q, k, v, cu_seqlens = ctx.saved_tensors
         gradients = torch.ops.attnvariants.diag_backward(

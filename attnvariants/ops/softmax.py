@@ -11,7 +11,7 @@ from torch import Tensor
 from attnvariants import _checks
 from attnvariants._select import select
 from attnvariants._types import AttentionStats, Window
-from attnvariants.ops._library import call_reference, register
+from attnvariants.ops._library import call_reference, once_differentiable, register
 
 GATE_ACTIVATIONS = ("sigmoid", "ns_sigmoid", "softplus")
 
@@ -112,6 +112,7 @@ class _SoftmaxAttention(torch.autograd.Function):
         return out, lse, max_logit
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Any, ...]:
         q, k, v, gate, cu_seqlens, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
