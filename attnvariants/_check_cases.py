@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnvariants import _checks
 from attnvariants._verify import Comparison, compare, exact_and_error, round_to, within
 from attnvariants.kv_cache import KVCache
 from attnvariants.recurrent_state import RecurrentState
@@ -67,7 +66,7 @@ CASES = (
     Case("attention_decode", _SOFTMAX | _GATE, {"window": (20, None)}),
     Case(
         "linear_attention_decode",
-        _LINEAR | _GATE | {"g": (_B, _T, _H, _K), "norm_weight": (_H, _V)},
+        _LINEAR | _GATE | _STATE | {"g": (_B, _T, _H, _K), "norm_weight": (_H, _V)},
         {"norm": "model"},
     ),
 )
@@ -128,9 +127,10 @@ def _decode_linear(
     options: Mapping[str, Any],
     **extra: Any,
 ) -> dict[str, Tensor]:
-    """Steps from an empty state: the outputs and the last state."""
-    dtype = _checks.state_dtype(tensors["v"].dtype)
-    state = RecurrentState(_B, _H, _K, _V, dtype=dtype, device=tensors["v"].device)
+    """Steps from a state: the outputs and the last state."""
+    initial = tensors["initial_state"]
+    state = RecurrentState(*initial.shape, dtype=initial.dtype, device=initial.device)
+    state.update(initial, _PROMPT)
     outputs = [call(**step, state=state, **options, **extra) for step in _steps(tensors)]
     return {"out": torch.cat(outputs, dim=1), "state": state.state}
 
@@ -144,6 +144,7 @@ def _steps(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
             {
                 name: tensor if name == "norm_weight" else tensor[:, cut]
                 for name, tensor in tensors.items()
+                if name != "initial_state"
             }
         )
         start += count
