@@ -155,4 +155,4 @@ def _per_channel(gate: Tensor) -> Tensor:
 
 
 def _finish(gradient: Tensor, like: Tensor) -> Tensor:
-    return gradient.to(like.dtype, memory_format=torch.contiguous_format)
+    return gradient.to(like.dtype).contiguous()
