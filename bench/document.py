@@ -29,13 +29,26 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are ready text; the first ``labels`` columns name the row, the rest are numbers."""
+    """Cells are ready text; the first ``labels`` columns name the row, the rest are numbers.
+
+    ``groups``, one for each row, become headings above the rows that share one.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     labels: int = 1
     note: str = ""
+    groups: Sequence[str] = ()
+
+    def grouped(self) -> list[tuple[str | None, Sequence[str]]]:
+        """The rows, each with the heading that goes above it, if any."""
+        headings: list[str | None] = [*self.groups] or [None] * len(self.rows)
+        above = [None, *headings]
+        return [
+            (group if group != last else None, row)
+            for last, group, row in zip(above, headings, self.rows, strict=False)
+        ]
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,11 @@ def _markdown(block: Block, plots: str) -> str:
 
 def _markdown_table(table: Table) -> str:
     rules = ["---"] * table.labels + ["---:"] * (len(table.columns) - table.labels)
-    rows = [table.columns, rules, *table.rows]
+    rows: list[Sequence[str]] = [table.columns, rules]
+    for heading, row in table.grouped():
+        if heading is not None:
+            rows.append([f"**{heading}**"] + [""] * (len(row) - 1))
+        rows.append(row)
     lines = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
     note = [table.note] if table.note else []
     return "\n\n".join([f"### {table.title}", "\n".join(lines), *note])

@@ -30,15 +30,18 @@ def study_findings(study: Study, summary: Summary) -> list[str]:
 
 def _runs(study: Study, summary: Summary) -> str:
     text = f"{summary.finished} of {summary.planned} training runs are finished"
+    if not summary.finished:
+        return f"{text}."
     if summary.finished < summary.planned:
         text += "; everything below speaks of those"
     failed = [cell for cell in summary.cells if cell.status in ("nan", "diverged")]
-    if not summary.finished:
-        return f"{text}."
     if not failed:
         return f"{text}. None ended in NaN, none diverged."
     cells = [f"{_code(cell.mixer)} at {cell.lr:g} ({cell.status})" for cell in failed]
-    return f"{text}. Failed in at least one seed: {_and(cells)}."
+    return (
+        f"{text}. In at least one seed, NaN or diverged (1 nat above the mixer's best learning "
+        f"rate, or above the untrained loss): {_and(cells)}."
+    )
 
 
 def _lowest_loss(summary: Summary) -> str:

@@ -69,25 +69,30 @@ section {
   padding: 20px 16px; margin: 0 0 16px;
 }
 code { font: 0.875em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.plots { columns: 420px 2; column-gap: 40px; margin: 16px 0 0; }
+.plots { columns: 420px 2; column-gap: 40px; margin: 16px 0 -8px; }
 figure { margin: 0 0 28px; max-width: 540px; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { margin-top: 8px; }
 .scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 8px; }
 .scroll + .note { margin-top: 8px; }
-table { border-collapse: collapse; font-size: 0.875rem; line-height: 1.35; min-width: 100%; }
+table {
+  border-collapse: separate; border-spacing: 0; min-width: 100%;
+  font-size: 0.875rem; line-height: 1.35;
+}
 th, td { padding: 7px 10px; text-align: right; white-space: nowrap; vertical-align: top; }
 th { font-weight: 600; }
 tbody th { font-weight: 500; }
-thead th { color: var(--muted); vertical-align: bottom; white-space: normal; min-width: 5.5em; }
-tbody tr { border-top: 1px solid var(--rule); }
-tbody tr.group { border-top-color: var(--muted); }
+thead th { color: var(--muted); vertical-align: bottom; white-space: normal; min-width: 4.5em; }
+tbody th, tbody td { border-top: 1px solid var(--rule); }
+.group th { font-weight: 600; background: var(--page); }
+.group span { position: sticky; left: 10px; }
 .text { text-align: left; }
 td.long { white-space: normal; overflow-wrap: anywhere; min-width: min(24em, 60vw); }
 th:first-child { position: sticky; left: 0; background: var(--paper); }
 td { font-variant-numeric: tabular-nums; }
 @media (max-width: 640px) {
+  main { padding: 0 6px; }
   th:first-child { white-space: normal; min-width: 7em; max-width: 10em; }
 }
 @media (min-width: 1000px) {
@@ -166,15 +171,17 @@ def _table(table: Table) -> str:
         f'<th scope="col"{classes(n)}>{_inline(name)}</th>' for n, name in enumerate(table.columns)
     )
     rows = []
-    names = [row[0] for row in table.rows]
-    grouped = len(set(names)) < len(names)  # rows of one name stand together
-    for above, row in zip(["", *names], table.rows, strict=False):
+    for heading, row in table.grouped():
+        if heading is not None:
+            rows.append(
+                f'<tr class="group"><th class="text" scope="rowgroup" colspan="{len(row)}">'
+                f"<span>{_inline(heading)}</span></th></tr>"
+            )
         first = f'<th scope="row"{classes(0)}>{_inline(row[0])}</th>'
         rest = "".join(
             f"<td{classes(n, cell)}>{_inline(cell)}</td>" for n, cell in enumerate(row[1:], start=1)
         )
-        new = ' class="group"' if grouped and above and row[0] != above else ""
-        rows.append(f"<tr{new}>{first}{rest}</tr>")
+        rows.append(f"<tr>{first}{rest}</tr>")
     note = f'\n<p class="note">{_inline(table.note)}</p>' if table.note else ""
     return (
         f'<h3 id="{anchor}">{_inline(table.title)}</h3>\n'

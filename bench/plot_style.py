@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-WIDTH = 4.6  # inches
+WIDTH = 4.3  # inches
 INK, MUTED, RULE, PAPER = "#1c2430", "#5b6675", "#d3d9e2", "#ffffff"
 DANGER = "#b3261e"
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
@@ -66,7 +66,7 @@ _STYLE: dict[Any, Any] = {  # matplotlib types the keys, from 3.11 on
     "lines.markersize": 4.5,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
-    "legend.handlelength": 2.2,
+    "legend.handlelength": 1.9,
     "figure.facecolor": PAPER,
     "axes.facecolor": PAPER,
     "savefig.facecolor": PAPER,
@@ -162,28 +162,41 @@ def fixed_ticks(ax: Axes, values: Sequence[float]) -> None:
 def legend_below(drawn: Figure, handles: Sequence[Artist], title: str | None = None) -> None:
     """One legend for the whole figure, under the panels so that it covers no data."""
     labelled = {str(handle.get_label()): handle for handle in handles}
-    columns = 3 if max(map(len, labelled), default=0) < 20 else 2
     drawn.legend(
         handles=list(labelled.values()),
         loc="outside lower center",
-        ncols=min(columns, max(1, len(labelled))),
-        columnspacing=1.0,
+        ncols=_columns(list(labelled)),
+        columnspacing=0.9,
         title=title,
         title_fontsize=9,
     )
 
 
-def mark_on_top(ax: Axes, x: float, look: Look) -> None:
-    """A cross on the upper edge: here the value is off the scale, infinite or NaN."""
-    figure = ax.get_figure()
-    assert figure is not None
-    aside = ScaledTranslation(look.shift / 72, 0, figure.dpi_scale_trans)
+def _columns(labels: Sequence[str]) -> int:
+    """As many columns as the width of the figure holds, filled from top to bottom."""
+    for count in (4, 3, 2):
+        rows = math.ceil(len(labels) / count)
+        columns = [labels[first : first + rows] for first in range(0, len(labels), rows)]
+        width = sum(28 + 4.8 * max(map(len, column)) for column in columns)
+        if len(columns) == count and width < 72 * WIDTH:
+            return count
+    return 1
+
+
+def cross(ax: Axes, x: float, y: float | None, look: Look) -> None:
+    """Marks what went wrong, on the upper edge where ``y`` is off the scale, infinite or NaN."""
+    place = ax.transData
+    if y is None:  # several may meet here: side by side
+        figure = ax.get_figure()
+        assert figure is not None
+        aside = ScaledTranslation(look.shift / 72, 0, figure.dpi_scale_trans)
+        place = ax.get_xaxis_transform() + aside
     ax.plot(
         [x],
-        [1.0],
-        transform=ax.get_xaxis_transform() + aside,
+        [1.0 if y is None else y],
+        transform=place,
         marker="x",
-        markersize=6,
+        markersize=6 if y is None else 11,
         markeredgewidth=1.8,
         color=look.color,
         linestyle="none",

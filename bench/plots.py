@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -22,6 +22,7 @@ from bench import plot_style as style
 from bench.metrics import DANGER_LINES, Summary, head_max, logit_kind
 from bench.plot_style import MUTED, Look, NotDrawn, compact, fixed_ticks, log_axis
 from bench.records import PerHead, Run, Step, Study
+from bench.tables import mixer_name
 
 FAILED = ("diverged", "nan")
 SCORE = "pre-normalisation score"
@@ -35,24 +36,26 @@ def loss_and_logits(study: Study, summary: Summary) -> Figure:
     rates = sorted({cell.lr for cell in summary.cells})
     if len(rates) < 2:
         raise NotDrawn("it needs finished runs at two learning rates or more")
-    failed = {(cell.mixer, cell.lr) for cell in summary.cells if cell.status in FAILED}
+    diverged = {(cell.mixer, cell.lr) for cell in summary.cells if cell.status in FAILED}
     with style.style():
         figure = style.figure(5.9)
         loss, peak = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.15))
         kinds = looks(study)
+        limits = _loss_limits(summary)
         for mixer, look in kinds.items():
             runs = [run for run in study.runs if run.config.mixer == mixer and run.result]
-            _rate_line(loss, runs, look, _val_loss, failed)
-            _rate_line(peak, runs, look, _peak, set())
+            crossed = {lr for name, lr in diverged if name == mixer}
+            _rate_line(loss, runs, look, _val_loss, crossed, limits[1])
+            _rate_line(peak, runs, look, _peak)
         loss.set_title("Validation loss (nats per byte)")
-        loss.set_ylim(*_loss_limits(summary, loss))
+        loss.set_ylim(*limits)
         peak.set_title(_logit_title(study, "Peak max logit"))
         lines = _logit_axis([peak])
         fixed_ticks(peak, rates)
         peak.set_xlim(rates[0] / 1.25, rates[-1] * 1.25)
         peak.set_xlabel("learning rate")
         handles = mixer_handles(study, kinds)
-        if failed:
+        if diverged:
             handles.append(handle("diverged, NaN", marker="x", linestyle="none", color=MUTED))
         if len(study.grid.seeds) > 1:
             handles.append(Patch(color=MUTED, alpha=0.25, linewidth=0, label="range of seeds"))
@@ -65,22 +68,23 @@ def _rate_line(
     runs: Sequence[Run],
     look: Look,
     value: Callable[[Run], float | None],
-    failed: set[tuple[str, float]],
+    crossed: Collection[float] = (),
+    top: float = math.inf,
 ) -> None:
-    """Mean over seeds with their range; what is off the scale is marked on the upper edge."""
-    by_rate: dict[float, list[float | None]] = {}
+    """Mean over seeds with their range; crosses, on the upper edge where there is no number."""
+    by_rate: dict[float, list[float]] = {}
     for run in sorted(runs, key=lambda run: run.config.lr):
-        by_rate.setdefault(run.config.lr, []).append(value(run))
-        if (run.config.mixer, run.config.lr) in failed:
-            by_rate[run.config.lr].append(math.nan)
+        found = value(run)
+        if found is not None:
+            by_rate.setdefault(run.config.lr, []).append(found)
     points = []
     for rate, values in by_rate.items():
-        known = [v for v in values if v is not None]
-        numbers = [v for v in known if math.isfinite(v)]
-        if len(numbers) < len(known):
-            style.mark_on_top(ax, rate, look)
-        elif numbers:
-            points.append((rate, statistics.fmean(numbers), min(numbers), max(numbers)))
+        mean = statistics.fmean(values)
+        off = not math.isfinite(mean) or mean > top
+        if off or rate in crossed:
+            style.cross(ax, rate, None if off else mean, look)
+        if not off:
+            points.append((rate, mean, min(values), max(values)))
     if points:
         rates, means, lows, highs = zip(*points, strict=True)
         ax.plot(rates, means, color=look.color, marker=look.marker, linestyle=look.linestyle)
@@ -88,7 +92,9 @@ def _rate_line(
 
 
 def _val_loss(run: Run) -> float | None:
-    return run.result.val_loss if run.result else None
+    if run.result is None:
+        return None
+    return math.nan if run.result.status == "nan" else run.result.val_loss
 
 
 def _peak(run: Run) -> float | None:
@@ -97,7 +103,7 @@ def _peak(run: Run) -> float | None:
     return None if peak is None or peak <= 0 else peak
 
 
-def _loss_limits(summary: Summary, ax: Axes) -> tuple[float, float]:
+def _loss_limits(summary: Summary) -> tuple[float, float]:
     """Of the runs that trained: diverged ones would squeeze all others into one line."""
     losses = [
         cell.val_loss.mean
@@ -105,7 +111,7 @@ def _loss_limits(summary: Summary, ax: Axes) -> tuple[float, float]:
         if cell.val_loss and cell.status not in FAILED and math.isfinite(cell.val_loss.mean)
     ]
     if not losses:
-        return ax.get_ylim()
+        return 0.0, 1.0
     margin = 0.08 * (max(losses) - min(losses)) + 0.02
     return min(losses) - margin, max(losses) + 2 * margin
 
@@ -173,7 +179,7 @@ def _series(
             if found is not None and 0 < found < math.inf:
                 by_step.setdefault(step.step, []).append(found)
         if run.result and run.result.status == "nan" and run.steps:
-            style.mark_on_top(ax, run.steps[-1].step, look)
+            style.cross(ax, run.steps[-1].step, None, look)
     _mean_line(ax, by_step, look)
 
 
@@ -295,11 +301,11 @@ def mixer_handles(
     line: bool = True,
     score: bool = True,
 ) -> list[Any]:
-    names = {"linear_score": " (score)", "mixed": " (both)"} if score else {}
-    suffix = {run.config.mixer: names.get(logit_kind(run), "") for run in study.runs}
+    """Legend entries; with ``score`` they say which maxima are no softmax logits."""
+    names = {r.config.mixer: mixer_name(r.config.mixer, logit_kind(r)) for r in study.runs}
     return [
         handle(
-            mixer + suffix[mixer],
+            names[mixer] if score else mixer,
             color=look.color,
             marker=look.marker if marker else "",
             linestyle=look.linestyle if line else "none",
@@ -314,7 +320,7 @@ def handle(label: str, **options: Any) -> Line2D:
 
 def _logit_title(study: Study, name: str) -> str:
     linear = any(logit_kind(run) != "softmax_logit" for run in study.runs)
-    return f"{name}; dashed: {SCORE}, another quantity" if linear else name
+    return f"{name}; dashed: {SCORE}" if linear else name
 
 
 def _logit_axis(panels: Sequence[Axes]) -> list[Line2D]:

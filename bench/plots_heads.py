@@ -13,13 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from bench import plot_style as style
 from bench.metrics import Cell, Summary, logit_kind
 from bench.plot_style import MUTED, Look, NotDrawn, compact, log_axis
 from bench.plots import focus_rate, headline, looks, mixer_handles, numbers, panel_grid
 from bench.records import PerHead, Run, Study
+from bench.tables import mixer_name, number
 
 STATISTICS = {
     "max_logit": "Max logit, whole run",
@@ -54,7 +55,7 @@ def head_map(study: Study, statistic: str = "max_logit") -> Figure:
             _map_panel(
                 figure, ax, values, groups, norms[score], "Purples_r" if score else "cividis"
             )
-            ax.set_title(f"{mixer} (score)" if score else mixer)
+            ax.set_title(mixer_name(mixer, logit_kind(run)) if score else mixer)
         headline(figure, f"{STATISTICS[statistic]}; learning rate {focus_rate(study):g}")
     return figure
 
@@ -69,7 +70,7 @@ def _map_panel(
 ) -> None:
     """Numbers in the cells while they fit, a colour bar otherwise."""
     layers, heads = values.shape
-    mesh = ax.pcolormesh(values, cmap=colors, norm=norm)
+    mesh = ax.pcolormesh(np.ma.masked_invalid(values), cmap=colors, norm=norm)
     ax.invert_yaxis()
     ax.grid(False)
     ax.spines[:].set_visible(False)
@@ -83,11 +84,12 @@ def _map_panel(
         figure.colorbar(mesh, ax=ax, format=FuncFormatter(compact), aspect=12)
         return
     for (layer, head), value in np.ndenumerate(values):
+        color = style.MUTED
         if math.isfinite(value):
             color = "#fefefe" if float(norm(value)) < 0.5 else "#101010"
-            place = head + 0.5, layer + 0.5, short(value)
-            size = 8 if heads <= 4 else 6.5
-            ax.text(*place, ha="center", va="center", color=color, fontsize=size)
+        place = head + 0.5, layer + 0.5, short(value)
+        size = 8 if heads <= 4 else 6.5
+        ax.text(*place, ha="center", va="center", color=color, fontsize=size)
 
 
 def _spans(groups: Sequence[str]) -> dict[str, range]:
@@ -164,9 +166,10 @@ def local_and_global(summary: Summary) -> Figure:
             ax.set_title(f"rate {rate:g}")
             ax.grid(False, axis="y")
         log_axis(panels[0], "x")
-        headline(figure, "Peak max logit; hatched: pre-normalisation score, another quantity")
+        panels[0].xaxis.set_major_locator(LogLocator(base=100))
+        headline(figure, "Peak max logit; hatched: pre-normalisation score")
         kinds = {cell.mixer: cell.logit_kind for cell in cells}
-        names = [m if kinds[m] == "softmax_logit" else f"{m} (score)" for m in mixers]
+        names = [mixer_name(mixer, kinds[mixer]) for mixer in mixers]
         panels[0].set_yticks(range(len(mixers)), names)
         panels[0].invert_yaxis()
         colors = {"global heads": style.BLUE, "local heads": style.ORANGE}
@@ -178,9 +181,9 @@ def _split_bar(ax: Axes, row: int, cell: Cell) -> None:
     parts = [(cell.peak_max_logit_global, style.BLUE), (cell.peak_max_logit_local, style.ORANGE)]
     present = [(found, color) for found, color in parts if found is not None]
     height = 0.72 / max(1, len(present))
-    for number, (found, color) in enumerate(present):
+    for index, (found, color) in enumerate(present):
         if 0 < found.mean < math.inf:
-            place = row + (number - (len(present) - 1) / 2) * height
+            place = row + (index - (len(present) - 1) / 2) * height
             hatch = None if cell.logit_kind == "softmax_logit" else "////"
             ax.barh(
                 place,
@@ -235,7 +238,9 @@ def _entropy_points(run: Run) -> list[tuple[float, float]]:
 
 
 def short(value: float) -> str:
-    """At most four characters for a cell of a heat map."""
+    """At most four characters for a cell of a heat map; nothing for NaN, where no head is."""
+    if not math.isfinite(value):
+        return "" if math.isnan(value) else number(value)
     if abs(value) >= 1000:
         return compact(float(f"{value:.2g}"))
     return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2f}"[:4].removesuffix(".")

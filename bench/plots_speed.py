@@ -128,7 +128,7 @@ def speed_ratios(rows: Sequence[Row]) -> Figure:
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=7))
         ax.xaxis.set_major_formatter(FuncFormatter(compact))
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_title("Time of this package / time of the peer; left of 1 is faster")
+        ax.set_title("Our time / the time of the peer; left of 1 is faster")
     return figure
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from bench.document import Bullets, to_markdown
 from bench.errors import BenchError
 from bench.metrics import summarise
-from bench.records import FOLDER, GRID_FILE, read_json, read_study
+from bench.records import FOLDER, GRID_FILE, read_study
 from bench.results import Results
+from bench.strict_json import read_json
 
 PLOTS = "plots"
 STORY = "loss_and_logits"  # the one figure to show where there is room for one

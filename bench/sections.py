@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench import findings, plots, plots_heads, plots_speed, tables, tables_speed, tables_verify
+from bench import findings, plots, plots_heads, plots_speed, tables, tables_timing, tables_verify
 from bench.document import Block, Bullets, Document, Paragraph, Plot, Section, Table
 from bench.environment import one_line
 from bench.errors import BenchError
@@ -60,7 +60,9 @@ def _in_short(results: Results) -> Iterator[Block]:
             "loss_and_logits",
             lambda: plots.loss_and_logits(study, summary),
             "Validation loss (above) and peak max logit (below) over the learning rate: read them "
-            "together. A logit that grows harms only where the loss rises with it.",
+            "together. A logit that grows harms only where the loss rises with it. Dashed lines "
+            "are the pre-normalisation scores of linear attention, another quantity. A cross marks "
+            "where a seed diverged or ended in NaN, on the upper edge if it is off the scale.",
             f"Two line charts over the learning rate, for {_mixers(study)}: validation loss, and "
             f"peak max logit on a logarithmic scale. {NUMBERS}",
         )
@@ -156,10 +158,14 @@ def _speed(results: Results) -> Iterator[Block]:
         "Line charts of microseconds per token over the length. The numbers are in the table "
         "“Time per token over the length”.",
     )
+    yield Paragraph(
+        "Times are medians. % of floor is the least time that the bytes and operations of a call "
+        "take at the rates measured on this machine, over the time taken."
+    )
     for function in dict.fromkeys(row["function"] for row in rows):
-        yield from _if_any(tables_speed.speed(rows, function))
-    yield from _if_any(tables_speed.sweep(rows))
-    yield from _if_any(tables_speed.not_timed(rows))
+        yield from _if_any(tables_timing.speed(rows, function))
+    yield from _if_any(tables_timing.sweep(rows))
+    yield from _if_any(tables_timing.not_timed(rows))
 
 
 def _correctness(results: Results) -> Iterator[Block]:

@@ -75,22 +75,18 @@ def cells(summary: Summary, study: Study) -> Table:
     seeds = len(study.grid.seeds)
     rows = [
         (
-            mixer_name(cell.mixer, cell.logit_kind),
             f"{cell.lr:g}",
-            mean_sd(cell.val_loss, 3),
+            "nan" if cell.status == "nan" else mean_sd(cell.val_loss, 3),
             mean_sd(cell.peak_max_logit),
             mean_sd(final.get((cell.mixer, cell.lr))),
             mean_sd(cell.entropy, 2),
-            cell.status
-            if cell.seeds == seeds
-            else f"{cell.status} ({cell.seeds} of {seeds} seeds)",
-            cell.loss_vs_baseline or ABSENT,
-            cell.logit_vs_baseline or ABSENT,
+            cell.status if cell.seeds == seeds else f"{cell.status}; {cell.seeds}/{seeds} seeds",
+            _verdict(cell.loss_vs_baseline),
+            _verdict(cell.logit_vs_baseline),
         )
         for cell in summary.cells
     ]
     columns = (
-        "mixer",
         "learning rate",
         "val loss (nats/byte)",
         "peak max logit",
@@ -102,11 +98,21 @@ def cells(summary: Summary, study: Study) -> Table:
     )
     note = (
         f"Mean ± sd over {_count(seeds, 'seed')}. Against {BASELINE} at the same learning rate: "
-        "intervals mean ± sd that overlap are not distinguishable, and one seed decides nothing "
-        "(n/a). Status is the worst of the seeds: degraded is 0.1 nats above the mixer's best "
-        "run, diverged 1 nat, or above the loss at initialisation. "
+        "≈ where the intervals mean ± sd overlap and nothing can be distinguished; one seed "
+        "decides nothing (n/a). Status is the worst of the seeds: degraded is 0.1 nats above the "
+        "mixer's best learning rate, diverged 1 nat, or above the loss at initialisation. "
     )
-    return Table("Every mixer at every learning rate", columns, rows, 1, note + SCORE_NOTE)
+    title = "Every mixer at every learning rate"
+    return Table(title, columns, rows, 1, note + SCORE_NOTE, _names(summary))
+
+
+def _names(summary: Summary) -> list[str]:
+    """The mixer of each cell."""
+    return [mixer_name(cell.mixer, cell.logit_kind) for cell in summary.cells]
+
+
+def _verdict(found: str | None) -> str:
+    return ABSENT if found is None else {"not distinguishable": "≈"}.get(found, found)
 
 
 def _count(number: int, noun: str) -> str:
@@ -134,7 +140,7 @@ def mixers(summary: Summary) -> Table:
         "at learning rate",
         "LR sensitivity (nats/byte)",
         "largest ok learning rate",
-        "first step with logit > 100",
+        "steps to logit > 100",
         "growth exponents",
         "loss spikes (% of steps)",
         "peak memory (MiB)",
@@ -175,7 +181,6 @@ def heads(summary: Summary) -> Table:
 
     rows = [
         (
-            mixer_name(cell.mixer, cell.logit_kind),
             f"{cell.lr:g}",
             mean_sd(cell.peak_max_logit_local),
             mean_sd(cell.peak_max_logit_global),
@@ -188,7 +193,6 @@ def heads(summary: Summary) -> Table:
         for cell in summary.cells
     ]
     columns = (
-        "mixer",
         "learning rate",
         "peak, local heads",
         "peak, global heads",
@@ -202,7 +206,7 @@ def heads(summary: Summary) -> Table:
         "A local head sees fewer pairs, so its maximum is lower by chance alone: read it beside "
         "the mean row max. Sink heads put more than 30 % of their attention on the first token. "
     )
-    return Table("Heads and activations", columns, rows, 1, note + SCORE_NOTE)
+    return Table("Heads and activations", columns, rows, 1, note + SCORE_NOTE, _names(summary))
 
 
 def unfinished(study: Study) -> Table | None:

@@ -16,14 +16,11 @@ def speed(rows: Sequence[Row], function: str) -> Table | None:
     own = [r for r in rows if r["function"] == function and not r["sweep"] and r["status"] == "ok"]
     cells = [
         (
-            row["case"],
-            _mode(row, rows),
             row["contender"] + (" (ours)" if row["ours"] else ""),
             "" if row["ours"] else _ratios(row, own),
-            duration(row["median_s"]),
-            f"{duration(row['q20_s'])} to {duration(row['q80_s'])}",
+            f"{duration(row['median_s'])} ({duration(row['q20_s'])} to {duration(row['q80_s'])})",
             number(row["tokens_per_s"]),
-            number(row["tflops"], 3),
+            number(row["tflops"]),
             number(row["gbytes_per_s"]),
             number(row["percent_of_floor"], 0),
             mebibytes(row["peak_bytes"]),
@@ -31,23 +28,17 @@ def speed(rows: Sequence[Row], function: str) -> Table | None:
         for row in own
     ]
     columns = (
-        "case",
-        "mode",
         "contender",
         "our time / its (range)",
-        "time (ms)",
-        "20 to 80 % (ms)",
+        "time in ms (20 to 80 %)",
         "tokens/s",
         "TFLOP/s",
         "GB/s",
         "% of floor",
         "peak memory (MiB)",
     )
-    note = (
-        "% of floor: the least time that the bytes and operations take at the rates measured on "
-        "this machine, over the time taken."
-    )
-    return Table(f"Speed of {function}", columns, cells, 3, note) if own else None
+    groups = [f"{row['case']}, {_mode(row, rows)}" for row in own]
+    return Table(f"Speed of {function}", columns, cells, 1, groups=groups) if own else None
 
 
 def _mode(row: Row, rows: Sequence[Row]) -> str:
@@ -80,12 +71,14 @@ def sweep(rows: Sequence[Row]) -> Table | None:
     def per_token(row: Row | None) -> str:
         return ABSENT if row is None else number(1e6 / row["tokens_per_s"])
 
+    keys.sort(key=lambda key: key[0])
     cells = [
-        (mode, str(length), *(per_token(found.get((mode, length, name))) for name in names))
-        for mode, length in sorted(keys)
+        (str(length), *(per_token(found.get((mode, length, name))) for name in names))
+        for mode, length in keys
     ]
     title = "Time per token over the length (microseconds)"
-    return Table(title, ("mode", "length", *names), cells, 1) if cells else None
+    groups = [mode for mode, _ in keys]
+    return Table(title, ("length", *names), cells, 1, groups=groups) if cells else None
 
 
 def _contender(row: Row) -> str:
