@@ -23,9 +23,10 @@ class LogitMonitor:
                 if step % 10 == 0:
                     log(monitor.read())
 
-    Layers ask their attention function for its maximum, which costs softmax layers no extra pass
-    over the scores, and fold it into a buffer on the device. Outputs do not change. Nothing waits
-    for the device before :meth:`read`. Micro-batches, sequences of any kind and the second pass
+    Layers ask their attention function for its maximum and fold it into a buffer on the device.
+    That costs softmax layers no extra pass over the scores; linear layers have no scores and pay
+    for a pass over all pairs. Outputs do not change. Nothing waits for the device before
+    :meth:`read`. Micro-batches, sequences of any kind and the second pass
     of activation checkpointing are covered, because a maximum may be taken twice. The step of a
     linear layer behind a cached state has no scores; only its whole sequences count.
 
