@@ -181,7 +181,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 
 def _cells(cells: Sequence[Cell]) -> Table:
     headings = ["mixer", "LR", "val loss", "peak\nmax logit", "local /\nglobal", "entropy"]
-    headings += ["max\nactivation", "status", f"loss vs\n{BASELINE}", f"peak vs\n{BASELINE}"]
+    headings += ["max\nact.", "status", f"loss vs\n{BASELINE}", f"peak vs\n{BASELINE}"]
     table = _table("Loss and peak logits, mean ± sd over seeds", headings)
     for before, cell in zip([None, *cells], cells, strict=False):
         if before and before.mixer != cell.mixer:
