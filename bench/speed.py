@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         raise BenchError("nothing to time: no case matches --functions, --modes and --only-sweep")
     protocol = Protocol(
         rounds=args.rounds or (3 if args.quick else 7),
-        budget_s=1.0 if args.quick else 20.0,
+        budget_s=0.5 if args.quick else 20.0,
         rest_s=2.0 if device.type == "cuda" and not args.quick else 0.0,
     )
     session = Session(device, args.impls, protocol, args.out / "speed.json")

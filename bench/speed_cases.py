@@ -50,7 +50,7 @@ def speed_cases(
         heads, dim, shortest, longest = 16, 128, 1024, 16384 if quick else 65536
     else:
         cases = _quick_cpu_cases() if quick else _cpu_cases()
-        heads, dim, shortest, longest = 4, 64, *((512, 4096) if quick else (2048, 32768))
+        heads, dim, shortest, longest = 4, 64, *((1024, 4096) if quick else (2048, 32768))
     if lengths is None:
         lengths = [shortest << n for n in range((longest // shortest).bit_length())]
     return cases + _sweep(lengths, heads, dim, (FORWARD,) if quick else _BOTH)

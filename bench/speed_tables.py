@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -14,8 +15,8 @@ def show(console: Console, content: dict[str, Any], most_drift: float) -> None:
     rows = content["rows"]
     for function in dict.fromkeys(row.function for row in rows):
         own = [row for row in rows if row.function == function and not row.sweep]
-        if any(row.status == "ok" for row in own):
-            console.print(_table(function, own, content["environment"]["gpu"] is not None))
+        if own:
+            _show_function(console, function, own)
     sweep = [row for row in rows if row.sweep and row.status == "ok"]
     if sweep:
         console.print(_sweep(sweep))
@@ -51,34 +52,50 @@ def _show_anchors(console: Console, content: dict[str, Any], most_drift: float) 
         )
 
 
-def _table(function: str, rows: list[Any], gpu: bool) -> Table:
-    """A line for each case and mode, and its contenders below it."""
-    unit, scale = ("TFLOP/s", 1.0) if gpu else ("GFLOP/s", 1e3)
-    table = Table(title=function, title_justify="left")
-    table.add_column("case, mode, dtype", no_wrap=True)
-    for name in ("ms", "20-80 %", "tokens/s", unit, "GB/s", "% floor", "peak MiB", "ours / it"):
-        table.add_column(name, justify="right", no_wrap=True)
-    previous = None
-    for row in rows:
-        if row.status != "ok":
-            continue
-        key = f"{row.case}, {row.mode}, {row.dtype}"
-        if key != previous:
-            table.add_section()
-            table.add_row(f"[bold]{key}[/bold]")
-        previous = key
-        table.add_row(
-            f"  {row.contender} (ours)" if row.ours else f"  {row.contender}",
-            _milliseconds(row.median_s),
-            f"{_milliseconds(row.q20_s)}-{_milliseconds(row.q80_s)}",
-            _large(row.tokens_per_s),
-            f"{scale * row.tflops:.3g}",
-            f"{row.gbytes_per_s:.3g}",
-            f"{row.percent_of_floor:.0f}",
-            "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
-            _ratio(row, rows),
-        )
-    return table
+_COLUMNS = {  # and their widths
+    "contender": 26,
+    "ms": 7,
+    "20-80 %": 13,
+    "tokens/s": 8,
+    "GFLOP/s": 8,
+    "GB/s": 6,
+    "% floor": 7,
+    "peak MiB": 8,
+    "ours / it": 20,
+}
+_WIDE_ONLY = ("20-80 %", "GB/s")  # left out on a narrow terminal
+_WIDE = 122
+
+
+def _show_function(console: Console, function: str, rows: list[Any]) -> None:
+    """A block for each case and mode."""
+    console.print(f"\n[bold]{function}[/bold]")
+    columns = [name for name in _COLUMNS if console.width >= _WIDE or name not in _WIDE_ONLY]
+    keys = dict.fromkeys((row.case, row.mode, row.dtype) for row in rows if row.status == "ok")
+    for key in keys:
+        table = Table(title=", ".join(key), title_justify="left", box=SIMPLE_HEAD)
+        for name in columns:
+            side = "left" if name == "contender" else "right"
+            table.add_column(name, justify=side, no_wrap=True, width=_COLUMNS[name])  # type: ignore[arg-type]
+        for row in rows:
+            if row.status == "ok" and (row.case, row.mode, row.dtype) == key:
+                cells = _cells(row, rows)
+                table.add_row(*(cells[name] for name in columns))
+        console.print(table)
+
+
+def _cells(row: Any, rows: list[Any]) -> dict[str, str]:
+    return {
+        "contender": f"{row.contender} (ours)" if row.ours else row.contender,
+        "ms": _milliseconds(row.median_s),
+        "20-80 %": f"{_milliseconds(row.q20_s)}-{_milliseconds(row.q80_s)}",
+        "tokens/s": _large(row.tokens_per_s),
+        "GFLOP/s": f"{1e3 * row.tflops:,.{0 if row.tflops > 0.01 else 2}f}",
+        "GB/s": f"{row.gbytes_per_s:.3g}",
+        "% floor": f"{row.percent_of_floor:.0f}",
+        "peak MiB": "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
+        "ours / it": _ratio(row, rows),
+    }
 
 
 def _ratio(row: Any, rows: list[Any]) -> str:

@@ -13,7 +13,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -236,16 +236,16 @@ def measure_anchors(
 ) -> Anchors:
     """Copies a buffer larger than any cache and multiplies two large matrices of random numbers."""
     on_gpu = device.type == "cuda"
-    elements = (2**31 + 2**28 if on_gpu else 2**28) // 4
+    elements = (2**31 + 2**28 if on_gpu else 2**28) // 4  # of 4 bytes
     source = torch.rand(elements, device=device)
     target = torch.empty_like(source)
-    copy = _best(lambda: target.copy_(source), device, samples)
+    copy = _seconds(lambda: target.copy_(source), device, samples)
     rates = {}
     for dtype in dtypes:
         size = 8192 if on_gpu else 1536
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty(size, size, device=device, dtype=dtype)
-        seconds = _best(functools.partial(torch.matmul, a, b, out=out), device, samples)
+        seconds = _seconds(functools.partial(torch.matmul, a, b, out=out), device, samples)
         rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
     return Anchors(moment, 2 * source.nbytes / copy, rates)
 
@@ -267,16 +267,18 @@ def rates(anchors: Sequence[Anchors], dtype: torch.dtype) -> tuple[float, float]
     )
 
 
-def _best(call: Callable[[], Any], device: torch.device, samples: int) -> float:
-    """Median seconds of a call that is long enough to be timed alone."""
+def _seconds(call: Callable[[], Any], device: torch.device, samples: int) -> float:
+    """Median seconds of a call of milliseconds; on a GPU, of ten at a time."""
+    repeats = 10 if device.type == "cuda" else 1
     found = []
     call()
     for _ in range(samples):
         _synchronize(device)
         start = time.perf_counter()
-        call()
+        for _ in range(repeats):
+            call()
         _synchronize(device)
-        found.append(time.perf_counter() - start)
+        found.append((time.perf_counter() - start) / repeats)
     return statistics.median(found)
 
 
@@ -318,11 +320,3 @@ def _status(key: str) -> int:
     """A size in bytes from the process status."""
     lines = _PROCESS.joinpath("status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-
-def as_dict(values: Mapping[str, Ratio]) -> dict[str, dict[str, float]]:
-    """Ratios by peer, JSON-ready."""
-    return {
-        name: {"median": value.median, "low": value.low, "high": value.high}
-        for name, value in values.items()
-    }
