@@ -26,9 +26,10 @@ class LogitMonitor:
     Layers ask their attention function for its maximum and fold it into a buffer on the device.
     That costs softmax layers no extra pass over the scores; linear layers have no scores and pay
     for a pass over all pairs. Outputs do not change. Nothing waits for the device before
-    :meth:`read`. Micro-batches, sequences of any kind and the second pass
-    of activation checkpointing are covered, because a maximum may be taken twice. The step of a
-    linear layer behind a cached state has no scores; only its whole sequences count.
+    :meth:`read`. Micro-batches, sequences of any kind and the second pass of activation
+    checkpointing are covered, because a maximum may be taken twice. A linear layer that continues
+    from a cached state has no scores with earlier tokens: a step reports none, a longer
+    continuation those among its own tokens.
 
     A compiled model is compiled once more when the block is first entered.
 
@@ -37,8 +38,8 @@ class LogitMonitor:
 
     Attributes:
         kinds: per module name, ``"softmax_logit"``: the largest visible ``scale * q.k``; or
-            ``"linear_score"``: the largest unnormalised ``|phi(q).phi(k) * decay|``. Never put
-            the two on one axis without a label.
+            ``"linear_score"``: the largest unnormalised ``|phi(q).phi(k) * decay|`` (of relu
+            DiagAttention, ``scale * q.k``). Never put the two on one axis without a label.
         head_groups: per module name, ``"local"`` or ``"global"`` for each head. A local head sees
             fewer pairs, so its maximum is lower by chance alone.
 
