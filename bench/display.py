@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import JustifyMethod
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from bench.console import make_console
@@ -43,6 +43,10 @@ class Estimate:
             self._exact[self._runs[index].mixer] = result.wall_seconds / result.steps_done
         self._taken[index] = self._runs[index].settings.steps
 
+    def steps_taken(self) -> int:
+        """Of all runs together; a run that has ended early counts in full."""
+        return sum(self._taken)
+
     def remaining(self) -> float | None:
         """Seconds until the last run is over; ``None`` before anything is known."""
         known = self._rough | self._exact
@@ -67,13 +71,13 @@ class Display:
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[over]} of {task.fields[runs]} runs, {task.fields[left]}"),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=len(runs), left="")
+        steps = sum(run.settings.steps for run in runs)
+        self._task = self._bar.add_task("", total=steps, over=0, runs=len(runs), left="starting")
 
     def __enter__(self) -> Display:
         self._bar.start()
@@ -142,7 +146,6 @@ class Display:
     def _over_with(self, index: int, result: Result | None, outcome: str) -> None:
         self._over += 1
         self._estimate.finished(index, result)
-        self._bar.update(self._task, completed=self._over)
         self._refresh()
         run = self._runs[index]
         left = "" if self._console.is_terminal else f"; {self._left()}"
@@ -152,7 +155,8 @@ class Display:
         )
 
     def _refresh(self) -> None:
-        self._bar.update(self._task, left=self._left())
+        taken = self._estimate.steps_taken()
+        self._bar.update(self._task, completed=taken, over=self._over, left=self._left())
 
     def _left(self) -> str:
         seconds = self._estimate.remaining()

@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--corpus", help="stdlib, topics, torch, a file, a folder, or a pattern 'notes/**/*.md'"
     )
     parser.add_argument("--corpus-bytes", type=int, metavar="N", help="how much of it to use")
-    parser.add_argument("--workers", type=int, help="runs at a time; default: one per core")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="runs at a time; default: one per core"
+    )
     parser.add_argument(
         "--no-control", action="store_true", help=f"do not add the control {presets.CONTROL}"
     )
@@ -77,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the finished runs in the folder; may add mixers, rates and seeds to them",
     )
     existing.add_argument("--overwrite", action="store_true", help="discard what is there")
-    sizes = parser.add_argument_group("model and training")
+    sizes = parser.add_argument_group("model and training", "defaults: those of the preset")
     for field in dataclasses.fields(Settings):
         flag = "--" + field.name.replace("_", "-")
         options: dict[str, Any] = {"dest": f"set_{field.name}", "default": None}
@@ -86,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif field.name in presets.CHOICES:
             options["choices"] = presets.CHOICES[field.name]
         else:
-            options |= {"type": type(field.default), "metavar": "N"}
+            kind = type(field.default)
+            options |= {"type": kind, "metavar": "NAME" if kind is str else "N"}
         sizes.add_argument(flag, **options)
 
 
@@ -104,7 +107,10 @@ def run(args: argparse.Namespace) -> int:
     if args.overwrite:
         _discard(args.out)
     todo = [config for config in study.configs if not is_finished(run_path(args.out, config.key))]
-    write_grid(args.out, study.grid)
+    try:
+        write_grid(args.out, study.grid)
+    except OSError as error:
+        raise BenchError(f"cannot write results: {error}") from error
     workers = min(args.workers or _default_workers(study.grid.settings), max(1, len(todo)))
     tasks = [Task(config, study.source, study.limit, args.out) for config in todo]
 

@@ -76,7 +76,7 @@ PRESETS = {
         mixers=("mhsa", CONTROL),
     ),
     "cpu": Preset(
-        "softmax mixers, longer and with three seeds, about a quarter of an hour on 2 cores",
+        "softmax mixers, longer and with three seeds, ten minutes on 2 cores",
         learning_rates=(3e-3, 1e-2, 3e-2, 1e-1),
         seeds=(0, 1, 2),
         settings=Settings(steps=300, warmup=20, probe_every=100, eval_every=100),

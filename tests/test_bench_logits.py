@@ -186,6 +186,15 @@ def test_bad_options_are_one_clear_line(tmp_path: Path, text: str, message: str)
     assert not (tmp_path / "logits").exists()
 
 
+def test_results_folder_must_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BenchError, match="Not a directory"):
+        study("", tmp_path / "file")
+    (tmp_path / "logits").write_text("")
+    with pytest.raises(BenchError, match="Not a directory|File exists"):
+        study("", tmp_path)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_gpu_presets_need_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="none is found: take --preset smoke or cpu"):
