@@ -68,6 +68,10 @@ class NoDecay:
         """``exp(G_C - G_j) x_j``: a key's decay until the end of its chunk."""
         return x
 
+    def faintest_first(self, x: Tensor) -> Tensor:
+        """Rows of ``x [n, H, C, D]`` in the order in which a sum over later rows rounds least."""
+        return x
+
     def across(self, chunk: int, state: Tensor, write: Tensor, out: Tensor) -> None:
         """``out = exp(G_C) state + write`` for one chunk, all ``[H, K, V]``."""
         torch.add(state, write, out=out)
@@ -102,7 +106,10 @@ class ScalarDecay(NoDecay):
 
     def __init__(self, g: Tensor) -> None:
         self.levels, self.prefix, self.suffix = decay_levels(g)
-        self.total = self.prefix[..., -1:, :].mT  # exp(G_C) [n, H, W, 1]
+        # exp(G_C) [n, H, W, 1] in two parts: the rounding of one would compound over the chunks.
+        total = g.sum(-2, dtype=torch.float64).exp().unsqueeze(-1)
+        self.total = total.to(g.dtype)
+        self.rest = (total - self.total).to(g.dtype)
 
     def from_start(self, x: Tensor) -> Tensor:
         return x * self.prefix
@@ -110,8 +117,12 @@ class ScalarDecay(NoDecay):
     def to_end(self, x: Tensor) -> Tensor:
         return x * self.suffix
 
+    def faintest_first(self, x: Tensor) -> Tensor:
+        return x.flip(-2)
+
     def across(self, chunk: int, state: Tensor, write: Tensor, out: Tensor) -> None:
-        torch.addcmul(write, self.total[chunk], state, out=out)
+        torch.addcmul(write, self.rest[chunk], state, out=out)
+        out.addcmul_(self.total[chunk], state)
 
     def age(self, chunk: int, keys: Tensor) -> None:
         keys *= self.total[chunk].mT

@@ -117,7 +117,7 @@ class Gradients:
         self.dq, self.dk, self.dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         self.dgate = q.new_empty(0) if gate is None else gate.new_empty(gate.shape)
         self.dg = q.new_empty(0) if g is None else g.new_empty(g.shape)
-        # Sums over all tokens, in float64: an error of one of these few numbers averages nowhere.
+        # Sums over all tokens, in float64: they are few numbers, and errors do not average out.
         weight = q.new_empty(0) if norm_weight is None else norm_weight
         self.weight_dtype = weight.dtype
         self.weight_sum = torch.zeros_like(weight, dtype=torch.float64)

@@ -66,7 +66,8 @@ def forward(
         outputs.write(segment.rows, segment.untile(o))
     max_logit = v.new_empty(0, dtype=inputs.wide)
     if stats:
-        max_logit = abs(scale) * largest_score(inputs, causal)
+        precise = Inputs(q, k, v, g, cu_seqlens, feature_map, _one_number_precision(q.dtype))
+        max_logit = (abs(scale) * largest_score(precise, causal)).to(inputs.wide)
     return outputs.out, outputs.y, outputs.rstd, state, max_logit
 
 
@@ -92,9 +93,8 @@ def backward(
     need_dg: bool,
 ) -> tuple[Tensor, ...]:
     """The results of the operator ``linear_backward``."""
-    wide = state_dtype(q.dtype)
-    if need_dg and g is not None and g.dim() == 1 and q.dtype == torch.float32:
-        wide = torch.float64  # one number per head, the sum of terms of either sign over all pairs
+    constant = need_dg and g is not None and g.dim() == 1
+    wide = _one_number_precision(q.dtype) if constant else state_dtype(q.dtype)
     inputs = Inputs(q, k, v, g, cu_seqlens, feature_map, wide)
     epilogue = Epilogue.of(norm, eps, norm_weight, gate_activation, inputs.wide)
     tensors = (q, k, v, g if need_dg else None, norm_weight, gate)
@@ -108,6 +108,11 @@ def backward(
     dinitial = q.new_empty(0) if initial_state is None else dstate.to(initial_state.dtype)
     dg, dweight = gradients.sums()
     return gradients.dq, gradients.dk, gradients.dv, dg, dinitial, dweight, gradients.dgate
+
+
+def _one_number_precision(dtype: torch.dtype) -> torch.dtype:
+    """Of a result with one number per head: in float32 its rounding errors average nowhere."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
 
 
 def _causal_backward(
@@ -128,12 +133,13 @@ def _causal_backward(
         decay = decay_of(segment, inputs.log_decays(segment.rows))
         incoming, outgoing = decay.from_start(queries), decay.to_end(keys)
         states = _states(segment, decay, outgoing.mT @ values, start, state)
-        dstates = _dstates(segment, decay, incoming.mT @ do, dcarry, dstate)
+        dwrites = decay.faintest_first(incoming).mT @ decay.faintest_first(do)
+        dstates = _dstates(segment, decay, dwrites, dcarry, dstate)
         dcarry = dstates[0]
         states, dstates = states[:-1], dstates[1:]
 
         scores = decay.scores(queries, keys)
-        dv = scores.mT @ do
+        dv = decay.faintest_first(scores).mT @ decay.faintest_first(do)
         dv += outgoing @ dstates
         dq = decay.from_start(do @ states.mT)
         dk = decay.to_end(values @ dstates.mT)
