@@ -27,6 +27,8 @@ _THEMED = {
     plot_style.GREEN: "--green",
 }
 
+_BAD = frozenset({"nan", "inf", "diverged", "failed verify"})  # cells in the colour of danger
+
 _STYLE = """
 :root {
   color-scheme: light dark;
@@ -37,7 +39,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root {
     --ink: #e6eaf0; --muted: #9aa6b5; --rule: #333c48; --paper: #171c23; --page: #0f1318;
-    --danger: #ff8a80; --blue: #4aa3e0; --vermillion: #ff8142; --green: #2cc295;
+    --danger: #ff8a80; --blue: #6684ff; --vermillion: #ff8142; --green: #2cc295;
   }
 }
 * { box-sizing: border-box; }
@@ -69,7 +71,7 @@ section {
   padding: 20px 16px; margin: 0 0 16px;
 }
 code { font: 0.875em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.plots { columns: 420px 2; column-gap: 40px; margin: 16px 0 -8px; }
+.plots { columns: 420px 2; column-gap: 40px; margin: 16px 0 12px; }
 figure { margin: 0 0 28px; max-width: 540px; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
@@ -88,12 +90,13 @@ tbody th, tbody td { border-top: 1px solid var(--rule); }
 .group th { font-weight: 600; background: var(--page); }
 .group span { position: sticky; left: 10px; }
 .text { text-align: left; }
+.bad { color: var(--danger); }
 td.long { white-space: normal; overflow-wrap: anywhere; min-width: min(24em, 60vw); }
 th:first-child { position: sticky; left: 0; background: var(--paper); }
 td { font-variant-numeric: tabular-nums; }
 @media (max-width: 640px) {
   main { padding: 0 6px; }
-  th:first-child { white-space: normal; min-width: 7em; max-width: 10em; }
+  th:first-child { white-space: normal; max-width: 10em; }
 }
 @media (min-width: 1000px) {
   section { padding: 28px; }
@@ -165,6 +168,7 @@ def _table(table: Table) -> str:
     def classes(column: int, text: str = "") -> str:
         names = ["text"] if column < table.labels else []
         names += ["long"] if len(text) > 40 else []
+        names += ["bad"] if text in _BAD else []
         return f' class="{" ".join(names)}"' if names else ""
 
     head = "".join(

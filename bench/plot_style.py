@@ -16,6 +16,7 @@ import matplotlib as mpl
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
@@ -174,11 +175,13 @@ def legend_below(drawn: Figure, handles: Sequence[Artist], title: str | None = N
 
 def _columns(labels: Sequence[str]) -> int:
     """As many columns as the width of the figure holds, filled from top to bottom."""
+    size = _STYLE["legend.fontsize"]
+    handle, gap, border = 2.7 * size, 0.9 * size, 0.9 * size
+    widths = [handle + TextPath((0, 0), label, size=size).get_extents().width for label in labels]
     for count in (4, 3, 2):
         rows = math.ceil(len(labels) / count)
-        columns = [labels[first : first + rows] for first in range(0, len(labels), rows)]
-        width = sum(28 + 4.8 * max(map(len, column)) for column in columns)
-        if len(columns) == count and width < 72 * WIDTH:
+        columns = [max(widths[first : first + rows]) for first in range(0, len(labels), rows)]
+        if len(columns) == count and sum(columns) + gap * (count - 1) + border < 72 * WIDTH:
             return count
     return 1
 

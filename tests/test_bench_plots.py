@@ -275,6 +275,16 @@ def test_saved_files_are_the_same_every_time(
         assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.parametrize("name", ["loss and logits", "activations", "logits over steps"])
+def test_legends_fit_the_figure(name: str, tmp_path: Path) -> None:
+    mixers = (*made_up.MIXERS, "gated-headwise", "gla*3,gated", "transnormer-t1")
+    study = study_of(tmp_path, mixers=mixers, seeds=(0,), learning_rates=(1e-2, 1e-1))
+    figure = draw(DRAWN[name](study, summarise(study)))
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+
+
 def test_unknown_mixers_get_looks_of_their_own() -> None:
     names = ["mhsa", *(f"pattern {n}" for n in range(5)), "ls"]
     found = plot_style.looks(names, dashed=["pattern 0"])
