@@ -7,12 +7,14 @@ and turn ``-inf`` into NaN. Shapes: n chunks, H heads, C rows, W = K (per channe
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnvariants.eager._chunks import Segment
+from attnvariants.eager._chunks import CHUNK, Segment
+from attnvariants.eager._rows import Inputs
 
 
 class Level(NamedTuple):
@@ -41,20 +43,32 @@ class Level(NamedTuple):
         return blocks[..., self.size :, : self.size]
 
 
-def decay_levels(g: Tensor) -> tuple[list[Level], Tensor, Tensor]:
-    """The levels of ``g [n, H, C, W]``, ``exp(G_i)`` and ``exp(G_C - G_i)``."""
+class Factors(NamedTuple):
+    """Decay over every interval that a chunk needs."""
+
+    levels: list[Level]
+    prefix: Tensor  # exp(G_i), [n, H, C, W]
+    suffix: Tensor  # exp(G_C - G_i), [n, H, C, W]
+
+
+def decay_factors(g: Tensor, inside: bool) -> Factors:
+    """The factors of ``g [n, H, C, W]``; levels only if what is ``inside`` the chunk is asked for.
+
+    The sums over blocks of 2, 4, 8, ... rows grow from those over their halves.
+    """
     before = g.clone()  # from the start of the block to the row, itself included
     after = torch.zeros_like(g)  # from behind the row to the end of the block
     levels = []
     size = 1
     while size < g.shape[-2]:
-        level = Level(size, before, after)
-        before_upper, after_lower = level.upper(before), level.lower(after)
-        levels.append(Level(size, before_upper.exp(), after_lower.exp()))
+        block = Level(size, before, after)
+        before_upper, after_lower = block.upper(before), block.lower(after)
+        if inside:
+            levels.append(Level(size, before_upper.exp(), after_lower.exp()))
         after_lower += before_upper[..., -1:, :]
-        before_upper += level.lower(before)[..., -1:, :]
+        before_upper += block.lower(before)[..., -1:, :]
         size *= 2
-    return levels, before.exp_(), after.exp_()
+    return Factors(levels, before.exp_(), after.exp_())
 
 
 class NoDecay:
@@ -102,12 +116,13 @@ class NoDecay:
 
 
 class ScalarDecay(NoDecay):
-    """One log-decay per token and head, ``g [n, H, C, 1]``."""
+    """One log-decay per token and head, ``g [n, H, C, 1]``, or ``[1, H, C, 1]`` for all chunks."""
 
-    def __init__(self, g: Tensor) -> None:
-        self.levels, self.prefix, self.suffix = decay_levels(g)
+    def __init__(self, g: Tensor, chunks: int, inside: bool) -> None:
+        self.levels, self.prefix, self.suffix = decay_factors(g, inside)
         # exp(G_C) [n, H, W, 1] in two parts: the rounding of one would compound over the chunks.
         total = g.sum(-2, dtype=torch.float64).exp().unsqueeze(-1)
+        total = total.expand(chunks, *total.shape[1:])
         self.total = total.to(g.dtype)
         self.rest = (total - self.total).to(g.dtype)
 
@@ -128,7 +143,7 @@ class ScalarDecay(NoDecay):
         keys *= self.total[chunk].mT
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q @ k.mT).mul_(self._matrix())
+        return (q @ k.mT).mul_(self.matrix)
 
     def backward(
         self, q: Tensor, k: Tensor, scores: Tensor, dscores: Tensor, dg: LogDecayGradient | None
@@ -138,14 +153,15 @@ class ScalarDecay(NoDecay):
             for level in reversed(self.levels):
                 pairs = level.pairs(flow)
                 dg.split(level, pairs.sum(-1, keepdim=True), pairs.sum(-2).unsqueeze(-1))
-        dscores = dscores * self._matrix()
+        dscores = dscores * self.matrix
         return dscores @ k, dscores.mT @ q
 
     def gradient(self, through: Tensor, queries: Tensor, keys: Tensor) -> LogDecayGradient | None:
         through, queries, keys = (x.sum(-1, keepdim=True) for x in (through, queries, keys))
         return LogDecayGradient(through * self.total.mT, queries, keys)
 
-    def _matrix(self) -> Tensor:
+    @functools.cached_property
+    def matrix(self) -> Tensor:
         """``exp(G_i - G_j)`` for ``i >= j``, else 0, ``[n, H, C, C]``."""
         size = self.prefix.shape[-2]
         matrix = torch.eye(size, dtype=self.prefix.dtype, device=self.prefix.device)
@@ -211,11 +227,17 @@ class LogDecayGradient:
         return self.total + self.queries
 
 
-def decay_of(segment: Segment, g: Tensor | None) -> NoDecay:
-    """The decay in a segment, from the log-decays of its rows, ``[rows, H, K or 1]``."""
+def decay_of(inputs: Inputs, segment: Segment, inside: bool = True) -> NoDecay:
+    """The decay in a segment; ``inside`` is whether scores are wanted."""
+    g = inputs.log_decays(segment.rows)
     if g is None:
         return NoDecay()
-    return (ScalarDecay if g.shape[-1] == 1 else ChannelDecay)(segment.tiles(g))
+    if inputs.constant_decay and segment.slots is None:  # one chunk stands for all
+        tiles = g[:CHUNK].transpose(0, 1).unsqueeze(0)
+    else:
+        tiles = segment.tiles(g)
+    kind = ScalarDecay if g.shape[-1] == 1 else ChannelDecay
+    return kind(tiles, len(segment.chunks), inside)
 
 
 def _product(pairs: Tensor, rows: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def _causal(inputs: Inputs, start: int, end: int) -> Tensor:
     for segment in segments([start, end], inputs.heads, inputs.device):
         queries = segment.tiles(inputs.queries(segment.rows))
         keys = segment.tiles(inputs.keys(segment.rows))
-        decay = decay_of(segment, inputs.log_decays(segment.rows))
+        decay = decay_of(inputs, segment)
         found.append(_largest(decay.scores(queries, keys).transpose(0, 1)))
         queries, keys = decay.from_start(queries), decay.to_end(keys)
         for index, chunk in enumerate(segment.chunks):

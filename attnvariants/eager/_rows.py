@@ -31,6 +31,7 @@ class Inputs:
         self.wide, self.device = wide, q.device
         self.q, self.k, self.v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         self.g = None if g is None else self._by_row(g)
+        self.constant_decay = g is not None and g.dim() == 1
         self.features = FEATURE_MAPS[feature_map]
         self.bounds = list(range(0, self.count + 1, length))
         if cu_seqlens is not None:

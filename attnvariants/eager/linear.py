@@ -54,8 +54,7 @@ def forward(
     for segment in walk:
         queries, values = segment.tiles(inputs.queries(segment.rows)), _values(inputs, segment)
         if causal:
-            keys = _keys(inputs, segment)
-            decay = decay_of(segment, inputs.log_decays(segment.rows))
+            keys, decay = _keys(inputs, segment), decay_of(inputs, segment)
             writes = decay.to_end(keys).mT @ values
             states = _states(segment, decay, writes, carry, state, final=state)
             o = decay.scores(queries, keys) @ values
@@ -130,7 +129,7 @@ def _causal_backward(
     for segment, start in zip(reversed(walk), reversed(starts), strict=True):
         queries, do = _queries_and_cotangent(inputs, gradients, segment)
         keys, values = _keys(inputs, segment), _values(inputs, segment)
-        decay = decay_of(segment, inputs.log_decays(segment.rows))
+        decay = decay_of(inputs, segment)
         incoming, outgoing = decay.from_start(queries), decay.to_end(keys)
         states = _states(segment, decay, outgoing.mT @ values, start, state)
         dwrites = decay.faintest_first(incoming).mT @ decay.faintest_first(do)
@@ -199,7 +198,7 @@ def _starts(inputs: Inputs, walk: list[Segment], state: Tensor) -> list[Tensor]:
     """The state that every segment starts from, ``[H, K, V]``."""
     starts = [torch.zeros_like(state[0])]
     for segment in walk[:-1]:
-        decay = decay_of(segment, inputs.log_decays(segment.rows))
+        decay = decay_of(inputs, segment, inside=False)
         writes = decay.to_end(_keys(inputs, segment)).mT @ _values(inputs, segment)
         starts.append(_states(segment, decay, writes, starts[-1], state)[-1].clone())
     return starts
