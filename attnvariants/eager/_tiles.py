@@ -135,9 +135,8 @@ def backward(
         p.div_(p.sum(dim=-1, keepdim=True))  # undoes the rounding of lse
         d = take_rows(douts, rows)  # [N * Hkv, G * rows, V]
         dv[:, columns] += torch.bmm(p.mT, d)
-        ds = products(d, values[:, columns], ds_buffer).mul_(p)
-        row_sum = ds.sum(dim=-1, keepdim=True)
-        ds.addcmul_(p, take_rows(dlses, rows)[..., None] - row_sum)
+        ds = products(d, values[:, columns], ds_buffer)
+        ds.add_(take_rows(dlses, rows)[..., None] - row_dot(p, ds)).mul_(p)
         put_rows(dqs, rows, torch.bmm(ds, tiles.k[:, columns]).mul_(scale))
         dk[:, columns] += torch.bmm(ds.mT, take_rows(tiles.q, rows))
     dk.mul_(scale)
@@ -149,6 +148,11 @@ def products(left: Tensor, right: Tensor, buffer: Tensor, scale: float = 1.0) ->
     shape = (left.shape[0], left.shape[1], right.shape[1])
     out = buffer[: math.prod(shape)].view(shape)
     return out.baddbmm_(left, right.mT, beta=0, alpha=scale)
+
+
+def row_dot(p: Tensor, dp: Tensor) -> Tensor:
+    """``D = sum(P * dP)`` of every row, which ``dP`` loses before the product with P."""
+    return (p * dp).sum(dim=-1, keepdim=True)
 
 
 def by_group(x: Tensor, kv_heads: int) -> Tensor:

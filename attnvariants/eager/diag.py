@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from attnvariants._checks import sequence_bounds, state_dtype
-from attnvariants.eager._tiles import by_group, by_head, exp_, products, put_rows, take_rows
+from attnvariants.eager._tiles import (
+    by_group,
+    by_head,
+    exp_,
+    products,
+    put_rows,
+    row_dot,
+    take_rows,
+)
 
 _SCORES = 2**18  # at a time
 
@@ -189,5 +197,4 @@ def _activation_backward_(dp: Tensor, p: Tensor, activation: str) -> Tensor:
     """The gradient of the logits from that of :func:`_activate_`'s result, in place."""
     if activation == "relu":
         return dp.mul_(p.sign())
-    dp.mul_(p)
-    return dp.addcmul_(p, dp.sum(dim=-1, keepdim=True), value=-1)
+    return dp.sub_(row_dot(p, dp)).mul_(p)
