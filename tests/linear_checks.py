@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -121,17 +122,24 @@ def check_operators(function: str, tensors: Inputs, **options: Any) -> None:
         torch.library.opcheck(getattr(operators, name).default, seen[f"attnvariants::{name}"])
 
 
-def check_compile(function: str, make: Callable[[int], Inputs], **options: Any) -> None:
+def check_compile(
+    function: str,
+    make: Callable[[int], Inputs],
+    *,
+    impl: str = "eager",
+    lengths: tuple[int, ...] = (70, 40),
+    **options: Any,
+) -> None:
     """One graph without breaks, for two lengths, equal to the call that is not compiled."""
 
     def step(**tensors: Tensor) -> tuple[Tensor, ...]:
         out, state, stats = run(
-            function, tensors, impl="eager", return_state=True, return_stats=True, **options
+            function, tensors, impl=impl, return_state=True, return_stats=True, **options
         )
         return out, state, stats.max_logit
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for length in (70, 40):
+    for length in lengths:
         tensors = {name: x.requires_grad_() for name, x in make(length).items()}
         found, wanted = compiled(**tensors), step(**tensors)
         leaves = list(tensors.values())
@@ -140,6 +148,17 @@ def check_compile(function: str, make: Callable[[int], Inputs], **options: Any) 
             for out, state, _ in (found, wanted)
         ]
         torch.testing.assert_close((found, gradients[0]), (wanted, gradients[1]))
+
+
+def check_second_gradients(function: str, tensors: Inputs, **options: Any) -> None:
+    """The definition has gradients of gradients; the fast implementation says that it has none."""
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    out = run(function, leaves, impl="eager", **options)
+    with pytest.raises(NotImplementedError, match="impl='reference'"):
+        torch.autograd.grad(out.sum(), leaves["q"], create_graph=True)
+    out = run(function, leaves, impl="reference", **options)
+    (gradient,) = torch.autograd.grad(out.sum(), leaves["q"], create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), leaves["k"])[0].isfinite().all()
 
 
 def check_autocast(function: str, tensors: Inputs, **options: Any) -> None:

@@ -281,6 +281,14 @@ def test_compile() -> None:
     checks.check_compile(NAME, full_case, norm="head")
 
 
+def test_reference_compiles() -> None:
+    checks.check_compile(NAME, full_case, impl="reference", lengths=(3,), norm="head")
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    checks.check_second_gradients(NAME, full_case(5), norm="head")
+
+
 def test_autocast() -> None:
     checks.check_autocast(NAME, full_case(), norm="head")
 
@@ -370,6 +378,7 @@ def _with(**changes: Any) -> dict[str, Any]:
         ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
         ({"norm": "layer"}, ValueError, "norm must be one of 'model', 'head', None, got 'layer'"),
         ({"eps": -1.0}, ValueError, "eps must not be negative, got -1.0"),
+        ({"eps": None}, TypeError, "eps must be a number, got None"),
         ({"gate_activation": "relu"}, ValueError, "gate_activation must be one of 'sigmoid'"),
         ({"norm_weight": torch.zeros(2)}, ValueError, r"norm_weight has shape \(2,\), expected"),
         ({"gate": torch.zeros(2, 70)}, ValueError, r"gate has shape \(2, 70\), expected \[B=2"),

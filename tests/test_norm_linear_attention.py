@@ -239,6 +239,14 @@ def test_compile(causal: bool) -> None:
     checks.check_compile(NAME, full_case, causal=causal)
 
 
+def test_reference_compiles() -> None:
+    checks.check_compile(NAME, full_case, impl="reference", lengths=(3,))
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    checks.check_second_gradients(NAME, full_case(5))
+
+
 def test_autocast() -> None:
     checks.check_autocast(NAME, full_case())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnvariants import _checks
 from attnvariants._select import select
 from attnvariants._types import AttentionStats
-from attnvariants.ops._library import call_reference, register
+from attnvariants.ops._library import call_reference, once_differentiable, register
 
 FEATURE_MAPS = ("elu+1", "elu", "relu", "silu", None)
 NORMS = ("model", "head", None)
@@ -124,7 +124,9 @@ def check_options(
     _checks.choice(function, "feature_map", feature_map, FEATURE_MAPS)
     _checks.choice(function, "norm", norm, NORMS)
     _checks.choice(function, "gate_activation", gate_activation, GATE_ACTIVATIONS)
-    eps = _checks.scale(function, "eps", eps, 1e-6)
+    if eps is None:
+        raise TypeError(f"{function}: eps must be a number, got None")
+    eps = _checks.scale(function, "eps", eps, 0.0)
     if eps < 0:
         raise ValueError(f"{function}: eps must not be negative, got {eps}")
     return Options(feature_map, causal, scale, norm, eps, gate_activation)
@@ -139,11 +141,14 @@ def _reference(
     options: Options,
     common: dict[str, Any],
 ) -> Any:
-    definition = getattr(importlib.import_module(f"attnvariants.reference.{function}"), function)
     if function == "gated_linear_attention":
-        return call_reference(definition, q, k, v, g, scale=options.scale, **common)
+        from attnvariants.reference.gated_linear_attention import gated_linear_attention
+
+        return call_reference(gated_linear_attention, q, k, v, g, scale=options.scale, **common)
+    from attnvariants.reference.norm_linear_attention import norm_linear_attention
+
     own = {"feature_map": options.feature_map, "decay": g, "causal": options.causal}
-    return call_reference(definition, q, k, v, **own, **common)
+    return call_reference(norm_linear_attention, q, k, v, **own, **common)
 
 
 class _LinearAttention(torch.autograd.Function):
@@ -181,6 +186,7 @@ class _LinearAttention(torch.autograd.Function):
         return out, state, max_logit
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, dout: Tensor | None, dstate: Tensor | None, _: Any
     ) -> tuple[Tensor | None, ...]:
