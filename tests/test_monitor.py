@@ -274,6 +274,17 @@ def test_autocast_and_half_precision() -> None:
         torch.testing.assert_close(found, exact, rtol=0.03, atol=0.03)
 
 
+def test_maxima_are_fp32_whatever_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer, x = GatedAttention(32, 4), torch.randn(2, 9, 32)
+        with LogitMonitor(layer) as monitor:
+            layer(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert monitor.read()[""].dtype == torch.float32
+
+
 def test_inference_mode() -> None:
     layer, x = GatedAttention(8, 2), torch.randn(1, 3, 8)
     with torch.inference_mode(), LogitMonitor(layer) as monitor:
