@@ -358,6 +358,8 @@ def test_refused_calls() -> None:
         layer(x[:, :0])
     with pytest.raises(TypeError, match="x must be a tensor"):
         layer([1.0])
+    with pytest.raises(ValueError, match="x has dtype float32, expected float64"):
+        layer(x.float())
     with pytest.raises(ValueError, match=r"padding_mask has shape \(2, 4\)"):
         layer(x, padding_mask=mask[:, 1:])
     with pytest.raises(ValueError, match="padding_mask has dtype int64, expected bool"):

@@ -30,6 +30,7 @@ class AttentionLayer(nn.Module):
     """
 
     logit_kind = "softmax_logit"
+    q_proj: nn.Linear
     _shown: tuple[str, ...] = ("embed_dim", "num_heads", "num_kv_heads", "head_dim")
 
     def __init__(
@@ -89,7 +90,7 @@ class AttentionLayer(nn.Module):
 
         Raises:
             TypeError: an argument is of the wrong kind.
-            ValueError: a shape does not fit, or arguments exclude each other.
+            ValueError: a shape or dtype does not fit, or arguments exclude each other.
         """
         self._check_call(x, cache, cu_seqlens, padding_mask)
         if padding_mask is None:
@@ -132,6 +133,9 @@ class AttentionLayer(nn.Module):
         shapes.sizes["C"] = self.embed_dim
         shapes.bind("x", x, "B T C")
         shapes.at_least_one("B", "T")
+        dtype = self.q_proj.weight.dtype
+        if dtype in _checks.FLOAT_DTYPES and not torch.is_autocast_enabled(x.device.type):
+            _checks.dtype_among(name, "x", x, [dtype])  # a quantised layer takes what it takes
         if padding_mask is not None:
             if cu_seqlens is not None:
                 raise ValueError(f"{name}: padding_mask and cu_seqlens exclude each other")
@@ -222,7 +226,6 @@ class RecurrentLayer(AttentionLayer):
     logit_kind = "linear_score"
     key_dim: int
     value_dim: int
-    q_proj: nn.Linear
 
     def init_cache(
         self, batch_size: int, max_length: int, *, dtype: torch.dtype | None = None
