@@ -270,12 +270,15 @@ def sequence_bounds(function: str, cu: Tensor, length: int) -> list[int]:
     return bounds
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Casts float32, bf16 and fp16 tensors to the autocast dtype where autocast is on."""
+def autocast(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    """Casts float32, bf16 and fp16 tensors to ``dtype`` where autocast is on.
+
+    ``None`` is the autocast dtype.
+    """
     device = next(tensor.device.type for tensor in tensors if isinstance(tensor, Tensor))
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device) if dtype is None else dtype
     return [
         tensor.to(dtype)
         if isinstance(tensor, Tensor)

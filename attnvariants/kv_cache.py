@@ -153,6 +153,8 @@ class KVCache:
     def append(self, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> None:
         """Appends any number of tokens to every row. Nothing is written where an error is raised.
 
+        Under autocast ``k`` and ``v`` are cast to the cache's dtype.
+
         Args:
             k: ``[B, T, Hkv, K]``, or packed ``[1, total, Hkv, K]`` with ``cu_seqlens``.
             v: ``[B, T, Hkv, V]`` or ``[1, total, Hkv, V]``.
@@ -170,7 +172,7 @@ class KVCache:
         shapes.bind("k", k, "B T Hkv K")
         shapes.bind("v", v, "B T Hkv V")
         _checks.same_device("KVCache.append", k=k, v=v, cache=self.k)
-        k, v = (x.detach() for x in _checks.autocast(k, v) if x is not None)
+        k, v = (x.detach() for x in _checks.autocast(k, v, dtype=self.dtype) if x is not None)
         _checks.same_dtype("KVCache.append", k=k, v=v, cache=self.k)
         if cu_seqlens is not None:
             self._append_packed(k, v, cu_seqlens)

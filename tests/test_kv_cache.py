@@ -166,12 +166,13 @@ def test_cache_keeps_no_history() -> None:
     assert not cache.v.requires_grad
 
 
-def test_autocast_casts_what_is_appended() -> None:
-    cache = KVCache(2, 10, HEADS, K, V, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_casts_what_is_appended(dtype: torch.dtype) -> None:
+    cache = KVCache(2, 10, HEADS, K, V, dtype=dtype)
     k, v = tokens(2, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cache.append(k, v.bfloat16())
-    assert_holds(cache, 0, k[0].bfloat16(), v[0].bfloat16())
+    assert_holds(cache, 0, k[0].to(dtype), v[0].bfloat16().to(dtype))
 
 
 def test_append_compiles() -> None:

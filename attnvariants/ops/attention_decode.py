@@ -41,7 +41,8 @@ def attention_decode(
 
     The step is inference: it is not differentiable, and ``out`` has no history. It waits for no
     device, so that a CUDA graph captures it; recorded by one, or by ``torch.compile``, it cannot
-    check that the cache has room, which is then the caller's duty.
+    check that the cache has room, which is then the caller's duty. Under autocast the inputs are
+    cast to the cache's dtype.
 
     Args:
         q: ``[B, Q, H, K]`` with ``Q`` from 1 to 8, float16, bfloat16, float32 or float64.
@@ -88,7 +89,8 @@ def attention_decode(
         "attention_decode", "softmax_scale", softmax_scale, shapes["K"] ** -0.5
     )
     _checks.same_device("attention_decode", q=q, k=k, v=v, gate=gate, cache=cache.k)
-    inputs = [x if x is None else x.detach() for x in _checks.autocast(q, k, v, gate)]
+    cast = _checks.autocast(q, k, v, gate, dtype=cache.dtype)
+    inputs = [x if x is None else x.detach() for x in cast]
     q, k, v, gate = inputs  # type: ignore[assignment]
     dtype = _checks.same_dtype("attention_decode", q=q, k=k, v=v, cache=cache.k)
     if gate is not None:
