@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.cases import TRAINING, Case
 
 _MOST_SCORE_BYTES = 4 * 2**30
+_LONGEST_LOOP = 4096
 
 Call = Callable[[], Tensor]
 Inputs = Mapping[str, Tensor]
@@ -211,23 +212,34 @@ def _compiled_flex(
     return attend, mask
 
 
-def _token_loop(case: Case, inputs: Inputs, mode: str) -> Call:
-    """The recurrence of gated linear attention in plain PyTorch, token by token."""
-    if case.length > 4096:
-        raise Missing(f"a loop over {case.length} tokens is not worth timing")
-    scale = case.key_dim**-0.5
+def _token_loop(unbind: bool) -> Callable[[Case, Inputs, str], Call]:
+    """The recurrence of gated linear attention in plain PyTorch, token by token.
 
-    def call() -> Tensor:
-        q, k, v, g = (inputs[name].float() for name in ("q", "k", "v", "g"))
-        decay = (g if g.dim() == 4 else g[..., None]).exp()
-        state = q.new_zeros(case.batch, case.heads, case.key_dim, case.values)
-        outputs = []
-        for q_t, k_t, v_t, a_t in zip(*(x.unbind(1) for x in (q, k, v, decay)), strict=True):
-            state = a_t[..., None] * state + k_t[..., None] * v_t[..., None, :]
-            outputs.append((scale * q_t[..., None, :] @ state).squeeze(-2))
-        return torch.stack(outputs, 1).to(inputs["v"].dtype)
+    Written ``q[:, t]``, as in most reference code, each step's backward fills a gradient as large
+    as ``q``; ``unbind`` takes the tokens apart first, which avoids that.
+    """
 
-    return call
+    def tokens(x: Tensor) -> Iterable[Tensor]:
+        return x.unbind(1) if unbind else (x[:, t] for t in range(x.shape[1]))
+
+    def build(case: Case, inputs: Inputs, mode: str) -> Call:
+        if case.length > _LONGEST_LOOP:
+            raise Missing(f"a loop over {case.length} tokens is not worth timing")
+        scale = case.key_dim**-0.5
+
+        def call() -> Tensor:
+            q, k, v, g = (inputs[name].float() for name in ("q", "k", "v", "g"))
+            decay = (g if g.dim() == 4 else g[..., None]).exp()
+            state = q.new_zeros(case.batch, case.heads, case.key_dim, case.values)
+            outputs = []
+            for q_t, k_t, v_t, a_t in zip(*map(tokens, (q, k, v, decay)), strict=True):
+                state = a_t[..., None] * state + k_t[..., None] * v_t[..., None, :]
+                outputs.append((scale * q_t[..., None, :] @ state).squeeze(-2))
+            return torch.stack(outputs, 1).to(inputs["v"].dtype)
+
+        return call
+
+    return build
 
 
 # --- PyTorch, decoding ---------------------------------------------------------------------------
@@ -407,7 +419,8 @@ _PEERS = {
         Peer("two calls", True, _two_calls),
         Peer("sdpa in blocks", True, _blocks),
         Peer("flex", True, _flex),
-        Peer("token loop", True, _token_loop),
+        Peer("token loop", True, _token_loop(unbind=False)),
+        Peer("token loop, unbind", True, _token_loop(unbind=True)),
         Peer("sdpa decode", True, _sdpa_decode),
         Peer("plain step", True, _plain_step),
         Peer("fa3", True, _flash(_FA3)),

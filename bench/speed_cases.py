@@ -33,8 +33,9 @@ _ATTENTION_PEERS = (
     "fa4",
 )
 _LOCAL_PEERS = ("sdpa", "two calls", "flex", "fa3 two calls", "fa4 two calls")
-_GLA_PEERS = ("token loop", "sdpa", "fla chunk_gla")
-_SIMPLE_GLA_PEERS = ("token loop", "sdpa", "fla chunk_simple_gla")
+_LOOPS = ("token loop", "token loop, unbind")
+_GLA_PEERS = ("sdpa", "fla chunk_gla")
+_SIMPLE_GLA_PEERS = ("sdpa", "fla chunk_simple_gla")
 _NORM_PEERS = ("sdpa", "fla chunk_linear_attn")
 _DIAG_PEERS = ("sdpa", "sdpa in blocks")
 _DECODE_PEERS = ("sdpa decode", "fa3 decode")
@@ -163,9 +164,9 @@ def _cpu_cases() -> list[SpeedCase]:
     return [
         SpeedCase(_gated(2, 2048, 8, 64), _BOTH, _ATTENTION_PEERS),
         SpeedCase(_local(4096, 12, 1, 100, 64), _BOTH, _LOCAL_PEERS),
-        SpeedCase(_gla(1, 2048, 4, 64, 128), _BOTH, _GLA_PEERS),
+        SpeedCase(_gla(1, 2048, 4, 64, 128), _BOTH, _LOOPS + _GLA_PEERS),
         SpeedCase(_gla(1, 32768, 4, 64, 128), _BOTH, ("fla chunk_gla",)),
-        SpeedCase(_gla(1, 2048, 4, 64, 128, "token"), _BOTH, _SIMPLE_GLA_PEERS),
+        SpeedCase(_gla(1, 2048, 4, 64, 128, "token"), _BOTH, _LOOPS + _SIMPLE_GLA_PEERS),
         SpeedCase(_norm(1, 2048, 8, 64), _BOTH, _NORM_PEERS),
         SpeedCase(_norm(1, 32768, 8, 64), _BOTH, ("fla chunk_linear_attn",)),
         SpeedCase(_diag(4096, 8, 64), _BOTH, _DIAG_PEERS),
@@ -187,7 +188,7 @@ def _quick_cpu_cases() -> list[SpeedCase]:
     return [
         SpeedCase(_gated(1, 1024, 8, 64), _BOTH, peers),
         SpeedCase(_local(2048, 12, 1, 100, 64), _BOTH, local),
-        SpeedCase(_gla(1, 512, 4, 64, 128), _BOTH, _GLA_PEERS),
+        SpeedCase(_gla(1, 512, 4, 64, 128), _BOTH, _LOOPS + _GLA_PEERS),
         SpeedCase(_norm(1, 2048, 8, 64), _BOTH, _NORM_PEERS),
         SpeedCase(_diag(2048, 8, 64), _BOTH, _DIAG_PEERS),
         SpeedCase(_decode(1, 4096, 8, 64), (DECODING,), _DECODE_PEERS),
@@ -215,9 +216,9 @@ def _gpu_cases() -> list[SpeedCase]:
         SpeedCase(_local(32768, 12, 1, 100, 64), _BOTH, _LOCAL_PEERS),
         SpeedCase(_local(8192, 20, 4, 100, 64), _BOTH, _LOCAL_PEERS),
         SpeedCase(_local(8192, 32, 2, 512, 128, kv_heads=8), _BOTH, _LOCAL_PEERS),
-        *[SpeedCase(_gla(*shape), _BOTH, _GLA_PEERS[1:]) for shape in gla],
-        *[SpeedCase(_gla(b, t, h, d, d), _BOTH, _GLA_PEERS[1:]) for b, t, h, d in registry],
-        *[SpeedCase(_gla(*s, "token"), _BOTH, _SIMPLE_GLA_PEERS[1:]) for s in gla],
+        *[SpeedCase(_gla(*shape), _BOTH, _GLA_PEERS) for shape in gla],
+        *[SpeedCase(_gla(b, t, h, d, d), _BOTH, _GLA_PEERS) for b, t, h, d in registry],
+        *[SpeedCase(_gla(*s, "token"), _BOTH, _SIMPLE_GLA_PEERS) for s in gla],
         *[SpeedCase(_norm(*shape), _BOTH, _NORM_PEERS) for shape in gla],
         *[SpeedCase(_norm(*shape), _BOTH, _NORM_PEERS) for shape in registry],
         SpeedCase(_diag(16384, 16, 128), _BOTH, _DIAG_PEERS),
@@ -238,7 +239,7 @@ def _quick_gpu_cases() -> list[SpeedCase]:
     return [
         SpeedCase(_gated(4, 4096, 16, 128), _BOTH, _ATTENTION_PEERS),
         SpeedCase(_local(8192, 12, 1, 100, 64), _BOTH, _LOCAL_PEERS),
-        SpeedCase(_gla(8, 4096, 16, 64, 128), _BOTH, _GLA_PEERS[1:]),
+        SpeedCase(_gla(8, 4096, 16, 64, 128), _BOTH, _GLA_PEERS),
         SpeedCase(_norm(8, 4096, 16, 64, 128), _BOTH, _NORM_PEERS),
         SpeedCase(_decode(8, 4096, 16, 128), (DECODING,), _DECODE_PEERS),
         SpeedCase(_linear_decode(8, 16, 128, 128), (DECODING,), _LINEAR_DECODE_PEERS),

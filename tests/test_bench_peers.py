@@ -68,7 +68,7 @@ def _definition(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         ("two calls", LOCAL),
         ("two calls", GROUPED),
         ("token loop", GLA),
-        ("token loop", SIMPLE),
+        ("token loop, unbind", SIMPLE),
         ("sdpa in blocks", DIAG),
         ("sdpa decode", DECODE),
         ("sdpa decode", RING),
