@@ -53,7 +53,7 @@ def work(case: Case, mode: str, dtype: torch.dtype) -> Work:
 
 def visible_pairs(queries: int, keys: int, window: int | None, *, causal: bool = True) -> int:
     """Visible pairs of one head; the last query is aligned with the last key."""
-    if not causal:
+    if not causal and window is None:
         return queries * keys
 
     def below(n: int) -> int:  # pairs of the first n positions

@@ -221,6 +221,28 @@ def test_without_a_window_it_need_not_be_causal(impl: str) -> None:
     assert_identical(found, results("gated_sdpa", tensors, causal=False, impl=impl))
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("length", "keys"), [(1, 1), (40, 40), (30, 90), (90, 30), (70, 135)])
+def test_a_local_head_is_causal_in_any_case(length: int, keys: int, impl: str) -> None:
+    """``causal=False`` frees the heads without a window; a band ends at the query's own key."""
+    tensors = draw(length=length, keys=keys, heads=6, kv_heads=3, gate="headwise")
+    window = (7, None, 10**6)
+    found = run(tensors, window=window, causal=False, impl=impl)
+    wanted = run(tensors, window=window, causal=True, impl=impl)
+    free = run(tensors, window=None, causal=False, impl=impl)
+    for name, heads in {"out": 2, "dq": 2, "dk": 1, "dv": 1, "dgate": 2}.items():
+        all_keys = slice(heads, 2 * heads)
+        wanted[name][:, :, all_keys] = free[name][:, :, all_keys]
+    assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_free_head_beside_local_ones_in_packed_sequences(impl: str) -> None:
+    tensors = draw(batch=1, length=150, heads=4, kv_heads=2)
+    options = {"window": (7, None), "causal": False}
+    check_documents("ls_attention", tensors, [64, 0, 1, 85], impl, **options)
+
+
 # Packed sequences.
 
 
@@ -303,7 +325,6 @@ def call(**options: Any) -> Any:
         ({"window": (4,) * 4}, ValueError, "window has 4 entries, expected one per KV head .2."),
         ({"window": "4"}, TypeError, "window must be None, an int"),
         ({"window": (True, 4)}, TypeError, "window takes ints and None, got True"),
-        ({"causal": False}, ValueError, "takes causal=True; with causal=False it must be None"),
         ({"q": torch.ones(2, 20, 3, 8)}, ValueError, "3 heads of q must be a multiple of the 2"),
         ({"softmax_scale": math.nan}, ValueError, "softmax_scale must be finite"),
         ({"gate": torch.ones(2, 20, 2)}, ValueError, "gate has shape"),

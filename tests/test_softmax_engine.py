@@ -38,12 +38,13 @@ def explicit_logits(tensors: Inputs, window: int | None, causal: bool) -> Tensor
     logits = torch.einsum("bthk,bshk->bhts", tensors["q"], keys) * tensors["q"].shape[-1] ** -0.5
     i = torch.arange(logits.shape[2])[:, None] + logits.shape[3] - logits.shape[2]
     distance = i - torch.arange(logits.shape[3])
-    visible = (distance >= 0) & (distance < (window or 10**6)) if causal else distance == distance
+    banded = causal or window is not None
+    visible = (distance >= 0) & (distance < (window or 10**6)) if banded else distance == distance
     return logits.masked_fill(~visible, -math.inf)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
-@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 5), (False, None)])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 5), (False, None), (False, 5)])
 def test_statistics(causal: bool, window: int | None, impl: str) -> None:
     tensors = draw(length=140, keys=150, heads=6, kv_heads=2, gate="headwise")
     stats = gated_sdpa(**tensors, causal=causal, window=window, return_stats=True, impl=impl)[1]

@@ -1,4 +1,4 @@
-"""Splits of a call into dense problems: packed sequences by length, heads by window."""
+"""Splits of a call into dense problems: packed sequences by length, heads by mask."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ def by_length(cu_seqlens: Tensor, length: int) -> list[Tensor]:
     ]
 
 
-def by_window(windows: list[int], keys: int) -> dict[int, list[slice]]:
-    """Runs of neighbouring KV heads per window; a window of all ``keys`` is no limit."""
-    runs: dict[int, list[slice]] = {}
+def by_mask(windows: list[int], causal: bool, keys: int) -> dict[tuple[bool, int], list[slice]]:
+    """Runs of neighbouring KV heads by ``(causal, window)``.
+
+    A head with a window is causal anyway; a window of all ``keys`` is no further limit.
+    """
+    runs: dict[tuple[bool, int], list[slice]] = {}
     for head, window in enumerate(windows):
-        found = runs.setdefault(window if window < keys else UNLIMITED, [])
+        mask = (causal or window != UNLIMITED, window if window < keys else UNLIMITED)
+        found = runs.setdefault(mask, [])
         if found and found[-1].stop == head:
             found[-1] = slice(found[-1].start, head + 1)
         else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnvariants._checks import state_dtype
 from attnvariants.eager import _tiles
 from attnvariants.eager._gate import activate, log_derivative
-from attnvariants.eager._parts import by_length, by_window, put_heads, take_heads
+from attnvariants.eager._parts import by_length, by_mask, put_heads, take_heads
 
 
 def forward(
@@ -93,20 +93,27 @@ def _attend(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and largest logits of sequences of one length."""
-    blind = _blind_queries(q, k, causal)
-    q, group = q[:, blind:], q.shape[2] // k.shape[2]
-    runs = by_window(windows, k.shape[1])
+    runs = by_mask(windows, causal, k.shape[1])
     if len(runs) == 1:
-        out, lse, max_logit = _tiles.forward(q, k, v, scale, causal, *runs)
-    else:
-        out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3])
-        max_logit = q.new_empty(q.shape[2])
-        for window, heads in runs.items():
-            inputs = take_heads(q, heads, group), take_heads(k, heads), take_heads(v, heads)
-            parts = _tiles.forward(*inputs, scale, causal, window)
-            put_heads(out, parts[0], heads, group)
-            put_heads(lse, parts[1], heads, group)
-            put_heads(max_logit[None, None], parts[2][None, None], heads, group)
+        return _attend_alike(q, k, v, scale, *next(iter(runs)))
+    group = q.shape[2] // k.shape[2]
+    out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3])
+    max_logit = q.new_empty(q.shape[2])
+    for mask, heads in runs.items():
+        inputs = take_heads(q, heads, group), take_heads(k, heads), take_heads(v, heads)
+        parts = _attend_alike(*inputs, scale, *mask)
+        put_heads(out, parts[0], heads, group)
+        put_heads(lse, parts[1], heads, group)
+        put_heads(max_logit[None, None], parts[2][None, None], heads, group)
+    return out, lse, max_logit
+
+
+def _attend_alike(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_attend` of heads with one mask."""
+    blind = _blind_queries(q, k, causal)
+    out, lse, max_logit = _tiles.forward(q[:, blind:], k, v, scale, causal, window)
     if blind:
         out = F.pad(out, (0, 0, 0, 0, blind, 0))
         lse = F.pad(lse, (0, 0, blind, 0), value=float("-inf"))
@@ -118,29 +125,43 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`_attend`; ``inputs`` are dout, dlse, q, k, v and lse."""
     dout, dlse, q, k, v, lse = inputs
+    runs = by_mask(windows, causal, k.shape[1])
+    if len(runs) == 1:
+        return _backward_alike(dout, dlse, q, k, v, lse, scale, *next(iter(runs)))
+    group = q.shape[2] // k.shape[2]
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    for mask, heads in runs.items():
+        parts = _backward_alike(
+            take_heads(dout, heads, group),
+            take_heads(dlse, heads, group),
+            take_heads(q, heads, group),
+            take_heads(k, heads),
+            take_heads(v, heads),
+            take_heads(lse, heads, group),
+            scale,
+            *mask,
+        )
+        put_heads(dq, parts[0], heads, group)
+        put_heads(dk, parts[1], heads)
+        put_heads(dv, parts[2], heads)
+    return dq, dk, dv
+
+
+def _backward_alike(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_attend_backward` of heads with one mask."""
     blind = _blind_queries(q, k, causal)
     dout, dlse, q, lse = (x[:, blind:] for x in (dout, dlse, q, lse))
-    group = q.shape[2] // k.shape[2]
-    runs = by_window(windows, k.shape[1])
-    if len(runs) == 1:
-        dq, dk, dv = _tiles.backward(dout, dlse, q, k, v, lse, scale, causal, *runs)
-    else:
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        for window, heads in runs.items():
-            parts = _tiles.backward(
-                take_heads(dout, heads, group),
-                take_heads(dlse, heads, group),
-                take_heads(q, heads, group),
-                take_heads(k, heads),
-                take_heads(v, heads),
-                take_heads(lse, heads, group),
-                scale,
-                causal,
-                window,
-            )
-            put_heads(dq, parts[0], heads, group)
-            put_heads(dk, parts[1], heads)
-            put_heads(dv, parts[2], heads)
+    dq, dk, dv = _tiles.backward(dout, dlse, q, k, v, lse, scale, causal, window)
     return F.pad(dq, (0, 0, 0, 0, blind, 0)) if blind else dq, dk, dv
 
 

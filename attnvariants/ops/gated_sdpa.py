@@ -39,8 +39,8 @@ def gated_sdpa(
         causal: query i sees no key after it. With ``S > T`` the queries are the last ``T``
             positions; with ``S < T`` the first ``T - S`` see nothing and their ``out`` is 0.
         window: ``None`` (all keys), an int, or one int or ``None`` per KV head. It counts the
-            visible keys including the query's own (``0 <= i - j < window``) and takes
-            ``causal=True``.
+            visible keys including the query's own: ``0 <= i - j < window``, also with
+            ``causal=False``, which frees the heads without a window only.
         softmax_scale: ``None`` is ``K ** -0.5``.
         gate_activation: ``"sigmoid"``, ``"ns_sigmoid"`` (1/2 + sigmoid/2) or ``"softplus"``.
         cu_seqlens: int32 ``[N + 1]``: bounds of ``N`` independent sequences packed along ``T``

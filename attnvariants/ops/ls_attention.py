@@ -25,7 +25,7 @@ def ls_attention(
     """Long Short-attention: local heads with a short window beside global heads, in one call.
 
     ``out_h = softmax(softmax_scale * q_h k_h^T) v_h`` over the keys ``0 <= i - j < window[h]``
-    (all earlier keys where ``window[h]`` is ``None``). Local heads cost ``T * window``, not
+    (all keys up to ``i`` where ``window[h]`` is ``None``). Local heads cost ``T * window``, not
     ``T * T``. :func:`ls_window` builds the usual window tuple, local heads first;
     :func:`window_from_flash` converts FlashAttention's inclusive ``(left, 0)``.
 
@@ -37,7 +37,8 @@ def ls_attention(
             keys including the query's own.
         gate: optional logits ``[B, T, H, V]`` or ``[B, T, H]``; ``out`` is multiplied by their
             activation, as in :func:`gated_sdpa`.
-        causal: must be true where a window is given.
+        causal: a global head sees no key after the query. Local heads never do, so
+            ``causal=False`` lets the global ones alone see all keys.
         softmax_scale: ``None`` is ``K ** -0.5``.
         gate_activation: ``"sigmoid"``, ``"ns_sigmoid"`` (1/2 + sigmoid/2) or ``"softplus"``.
         cu_seqlens: int32 ``[N + 1]``: bounds of ``N`` independent sequences packed along ``T``

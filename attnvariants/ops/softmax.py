@@ -48,11 +48,6 @@ def attend(
     _checks.choice(function, "gate_activation", gate_activation, GATE_ACTIVATIONS)
     softmax_scale = _checks.scale(function, "softmax_scale", softmax_scale, shapes["K"] ** -0.5)
     windows = _checks.windows(function, window, shapes["Hkv"])
-    if not causal and any(width != _checks.UNLIMITED for width in windows):
-        raise ValueError(
-            f"{function}: window counts keys back from the query and takes causal=True; "
-            f"with causal=False it must be None, got {window!r}"
-        )
     _checks.cu_seqlens(function, cu_seqlens, shapes["B"])
     if cu_seqlens is not None and shapes["S"] != shapes["T"]:
         raise ValueError(

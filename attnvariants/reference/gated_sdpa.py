@@ -75,10 +75,11 @@ def visible_keys(
     """Which keys each query sees, ``[Hkv, T, S]``; the last query is aligned with the last key."""
     i = torch.arange(queries, device=like.device)[:, None] + keys - queries
     j = torch.arange(keys, device=like.device)
-    visible = (i >= j) if causal else torch.ones_like(i >= j)
+    far = (i >= j) if causal else torch.ones_like(i >= j)
+    near = [far if w == UNLIMITED else (i >= j) & (i - j < w) for w in windows]
+    visible = torch.stack(near)
     if cu_seqlens is not None:
         sequence_bounds("gated_sdpa", cu_seqlens, keys)
         document = torch.bucketize(j, cu_seqlens[1:], right=True)
         visible = visible & (document[:, None] == document)
-    near = [visible if w == UNLIMITED else visible & (i - j < w) for w in windows]
-    return torch.stack(near)
+    return visible
