@@ -76,7 +76,9 @@ class LogitMonitor:
         with torch.inference_mode(False):
             for layer in self._layers.values():
                 device = next(layer.parameters()).device
-                maximum = torch.full((layer.num_heads,), -torch.inf, dtype=torch.float32, device=device)
+                maximum = torch.full(
+                    (layer.num_heads,), -torch.inf, dtype=torch.float32, device=device
+                )
                 layer._running_max = maximum
                 self._maxima.append(maximum)
         return self
