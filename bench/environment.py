@@ -68,6 +68,17 @@ def one_line(environment: dict[str, Any]) -> str:
     )
 
 
+def disturbance(environment: dict[str, Any]) -> str | None:
+    """A warning where other work would disturb timings on the processor."""
+    load, cores = environment["load_average"], environment["cores"]
+    if load is None or load < 0.5 * cores:
+        return None
+    return (
+        f"other work is running here (load average {load:.1f} on {cores} cores): "
+        "times on the processor will vary, and ratios with them"
+    )
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -24,7 +24,7 @@ from bench import speed_tables, timing
 from bench.cases import MODES, Case
 from bench.console import make_console, progress
 from bench.contenders import Candidate, InputSets, candidates, disagreement
-from bench.environment import describe, one_line
+from bench.environment import describe, disturbance, one_line
 from bench.errors import BenchError
 from bench.floors import CONVENTIONS, Work, work
 from bench.records import write_json
@@ -134,8 +134,11 @@ def run(args: argparse.Namespace) -> int:
     )
     session = Session(device, args.impls, protocol, args.out / "speed.json")
     console.print(one_line(session.environment), markup=False, soft_wrap=True)
+    busy = disturbance(session.environment)
+    if busy:
+        console.print(f"warning: {busy}", markup=False, style="yellow", soft_wrap=True)
     for line in CONVENTIONS:
-        console.print(f"- {line}", markup=False, style="dim")
+        console.print(f"- {line}", markup=False, style="dim", soft_wrap=True)
     session.measure(jobs, console)
     speed_tables.show(console, session.content(), MOST_DRIFT)
     console.print(f"written: {session.path}", markup=False)

@@ -21,8 +21,8 @@ class SpeedCase:
 
 
 _ATTENTION_PEERS = (
-    "sdpa",
     "sdpa + gate",
+    "sdpa",
     "sdpa + gate, compiled",
     "sdpa math",
     "sdpa flash",

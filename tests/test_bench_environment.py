@@ -42,3 +42,12 @@ def test_failing_and_hanging_tools_are_none(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(environment.subprocess, "run", fail)
     assert environment._output("git", "status") is None
+
+
+def test_a_busy_machine_is_said() -> None:
+    found = environment.describe() | {"cores": 4}
+    assert environment.disturbance(found | {"load_average": 1.9}) is None
+    assert environment.disturbance(found | {"load_average": None}) is None
+    assert "load average 6.0 on 4 cores" in str(
+        environment.disturbance(found | {"load_average": 6.0})
+    )
