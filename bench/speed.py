@@ -139,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"warning: {busy}", markup=False, style="yellow", soft_wrap=True)
     for line in CONVENTIONS:
         console.print(f"- {line}", markup=False, style="dim", soft_wrap=True)
+    write_json(args.out / "environment.json", session.environment)
     session.measure(jobs, console)
     speed_tables.show(console, session.content(), MOST_DRIFT)
     console.print(f"written: {session.path}", markup=False)

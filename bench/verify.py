@@ -117,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         "rows": [{**vars(row), "ratio": row.ratio} for row in rows],
         "not_run": not_run,
     }
+    write_json(args.out / "environment.json", environment)
     write_json(path, content)
     console.print(f"written: {path}", markup=False)
     return 1 if failed else 0

@@ -79,6 +79,7 @@ def test_everything_is_timed_or_says_why_not(
     _peer(monkeypatch, "flex", True, no_compiler)
     code, content = _run(tmp_path)
     assert code == 0
+    assert read_json(tmp_path / "environment.json") == content["environment"]
     assert {"environment", "protocol", "anchors", "noise", "flatness", "rows"} == set(content)
     rows = content["rows"]
     fields = {field.name for field in dataclasses.fields(speed.Row)}
