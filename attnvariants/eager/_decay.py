@@ -16,6 +16,8 @@ from torch import Tensor
 from attnvariants.eager._chunks import CHUNK, Segment
 from attnvariants.eager._rows import Inputs
 
+Operands = list[tuple[Tensor, Tensor]]
+
 
 class Level(NamedTuple):
     """Decay across the middle of each block of ``2 * size`` rows, b the last row before it.
@@ -93,16 +95,29 @@ class NoDecay:
     def age(self, chunk: int, keys: Tensor) -> None:
         """``keys *= exp(G_C)`` for one chunk, ``keys [H, rows, K]``."""
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def operands(self, q: Tensor, k: Tensor) -> Operands:
+        """Queries and keys, and for each level their halves decayed to its middles."""
+        return [(q, k)]
+
+    def scores(self, operands: Operands) -> Tensor:
         """``q_i . (exp(G_i - G_j) k_j)`` for ``i >= j``, else 0, ``[n, H, C, C]``."""
+        q, k = operands[0]
         return (q @ k.mT).tril_()
 
     def backward(
-        self, q: Tensor, k: Tensor, scores: Tensor, dscores: Tensor, dg: LogDecayGradient | None
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of q and k through :meth:`scores`; adds those of the log-decay to ``dg``."""
+        self,
+        operands: Operands,
+        scores: Tensor,
+        dscores: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dg: LogDecayGradient | None,
+    ) -> None:
+        """Adds the gradients through the scores to ``dq``, ``dk`` and ``dg``."""
+        q, k = operands[0]
         dscores = dscores.tril()
-        return dscores @ k, dscores.mT @ q
+        dq += dscores @ k
+        dk += dscores.mT @ q
 
     def gradient(self, through: Tensor, queries: Tensor, keys: Tensor) -> LogDecayGradient | None:
         """The gradient of the log-decay, begun with what enters, leaves or crosses the chunk.
@@ -142,19 +157,30 @@ class ScalarDecay(NoDecay):
     def age(self, chunk: int, keys: Tensor) -> None:
         keys *= self.total[chunk].mT
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, operands: Operands) -> Tensor:
+        q, k = operands[0]
         return (q @ k.mT).mul_(self.matrix)
 
     def backward(
-        self, q: Tensor, k: Tensor, scores: Tensor, dscores: Tensor, dg: LogDecayGradient | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        operands: Operands,
+        scores: Tensor,
+        dscores: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dg: LogDecayGradient | None,
+    ) -> None:
         if dg is not None:
             flow = scores * dscores  # what each pair adds to the log-decays between its rows
             for level in reversed(self.levels):
                 pairs = level.pairs(flow)
-                dg.split(level, pairs.sum(-1, keepdim=True), pairs.sum(-2).unsqueeze(-1))
+                dg.split(level)
+                level.upper(dg.queries).add_(pairs.sum(-1, keepdim=True))
+                level.lower(dg.keys).add_(pairs.sum(-2).unsqueeze(-1))
+        q, k = operands[0]
         dscores = dscores * self.matrix
-        return dscores @ k, dscores.mT @ q
+        dq += dscores @ k
+        dk += dscores.mT @ q
 
     def gradient(self, through: Tensor, queries: Tensor, keys: Tensor) -> LogDecayGradient | None:
         through, queries, keys = (x.sum(-1, keepdim=True) for x in (through, queries, keys))
@@ -174,28 +200,42 @@ class ScalarDecay(NoDecay):
 class ChannelDecay(ScalarDecay):
     """One log-decay per token, head and key channel, ``g [n, H, C, K]``."""
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def operands(self, q: Tensor, k: Tensor) -> Operands:
+        halves = [
+            (level.upper(q) * level.queries, level.lower(k) * level.keys) for level in self.levels
+        ]
+        return [(q, k), *halves]
+
+    def scores(self, operands: Operands) -> Tensor:
+        (q, k), *halves = operands
         scores = q.new_zeros(*q.shape[:-1], q.shape[-2])
         scores.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
-        for level in self.levels:
-            queries, keys = level.upper(q) * level.queries, level.lower(k) * level.keys
-            level.pairs(scores).copy_(queries @ keys.mT)
+        for level, (upper, lower) in zip(self.levels, halves, strict=True):
+            level.pairs(scores).copy_(upper @ lower.mT)
         return scores
 
     def backward(
-        self, q: Tensor, k: Tensor, scores: Tensor, dscores: Tensor, dg: LogDecayGradient | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        operands: Operands,
+        scores: Tensor,
+        dscores: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dg: LogDecayGradient | None,
+    ) -> None:
+        (q, k), *halves = operands
         diagonal = dscores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        dq, dk = diagonal * k, diagonal * q
-        for level in reversed(self.levels):
-            upper, lower, pairs = level.upper(q), level.lower(k), level.pairs(dscores)
-            dupper = _product(pairs, lower * level.keys).mul_(level.queries)
-            dlower = _product(pairs.mT, upper * level.queries).mul_(level.keys)
-            level.upper(dq).add_(dupper)
-            level.lower(dk).add_(dlower)
+        dq.addcmul_(diagonal, k)
+        dk.addcmul_(diagonal, q)
+        for level, (upper, lower) in zip(reversed(self.levels), reversed(halves), strict=True):
+            pairs = level.pairs(dscores)
+            dupper, dlower = _product(pairs, lower), _product(pairs.mT, upper)
+            level.upper(dq).addcmul_(level.queries, dupper)
+            level.lower(dk).addcmul_(level.keys, dlower)
             if dg is not None:
-                dg.split(level, dupper.mul_(upper), dlower.mul_(lower))
-        return dq, dk
+                dg.split(level)
+                level.upper(dg.queries).addcmul_(upper, dupper)
+                level.lower(dg.keys).addcmul_(lower, dlower)
 
     def gradient(self, through: Tensor, queries: Tensor, keys: Tensor) -> LogDecayGradient | None:
         return LogDecayGradient(through * self.total.mT, queries, keys)
@@ -205,26 +245,24 @@ class LogDecayGradient:
     """Sums what crosses each token into the gradient of its log-decay, by additions only.
 
     A term that decays from row j to row i belongs to the log-decays of the rows ``j < t <= i``.
-    ``queries`` holds per row what came from before the block, due to all rows of the block up to
-    this one; ``keys`` what goes beyond it, due to all rows behind this one. Blocks are split from
-    the chunk down to single rows.
+    Blocks are split from the chunk down to single rows. Every row of a block gets ``blocks``;
+    ``queries`` holds what came to a row from before its block and belongs to all rows of the block
+    up to this one; ``keys`` what left a row for behind its block, of all rows after this one.
     """
 
     def __init__(self, through: Tensor, queries: Tensor, keys: Tensor) -> None:
-        self.total = through.expand_as(queries).clone()  # [n, H, C, W]
-        self.queries, self.keys = queries, keys
+        self.blocks = through  # [n, H, blocks, W]
+        self.queries, self.keys = queries, keys  # [n, H, C, W]
 
-    def split(self, level: Level, queries: Tensor, keys: Tensor) -> None:
-        """Halves the blocks and adds the terms across their middles, of upper and lower rows."""
-        upper, lower = level.upper(self.queries), level.lower(self.keys)
-        level.lower(self.total).add_(upper.sum(-2, keepdim=True))
-        level.upper(self.total).add_(lower.sum(-2, keepdim=True))
-        upper += queries
-        lower += keys
+    def split(self, level: Level) -> None:
+        """Halves the blocks; what crosses their middles is to be added to the halves' rows."""
+        lower = self.blocks + level.upper(self.queries).sum(-2)
+        upper = self.blocks + level.lower(self.keys).sum(-2)
+        self.blocks = torch.stack([lower, upper], dim=-2).flatten(-3, -2)
 
     def result(self) -> Tensor:
-        """The gradient ``[n, H, C, W]``, after the split into single rows."""
-        return self.total + self.queries
+        """The gradient ``[n, H, C, W]``, when the blocks are single rows."""
+        return self.blocks + self.queries
 
 
 def decay_of(inputs: Inputs, segment: Segment, inside: bool = True) -> NoDecay:
@@ -241,8 +279,10 @@ def decay_of(inputs: Inputs, segment: Segment, inside: bool = True) -> NoDecay:
 
 
 def _product(pairs: Tensor, rows: Tensor) -> Tensor:
-    """``pairs @ rows``; products of one or two terms are faster without the matrix routine."""
+    """``pairs @ rows``; the matrix routine is slow for sums of one or two terms."""
     if pairs.shape[-1] > 2:
         return pairs @ rows
-    terms = (pairs[..., j : j + 1] * rows[..., j : j + 1, :] for j in range(pairs.shape[-1]))
-    return sum(terms, start=torch.zeros_like(rows))
+    product = pairs[..., :1] * rows[..., :1, :]
+    if pairs.shape[-1] == 2:
+        product.addcmul_(pairs[..., 1:], rows[..., 1:, :])
+    return product

@@ -30,7 +30,7 @@ def _causal(inputs: Inputs, start: int, end: int) -> Tensor:
         queries = segment.tiles(inputs.queries(segment.rows))
         keys = segment.tiles(inputs.keys(segment.rows))
         decay = decay_of(inputs, segment)
-        found.append(_largest(decay.scores(queries, keys).transpose(0, 1)))
+        found.append(_largest(decay.scores(decay.operands(queries, keys)).transpose(0, 1)))
         queries, keys = decay.from_start(queries), decay.to_end(keys)
         for index, chunk in enumerate(segment.chunks):
             first, last = chunk.start - start, chunk.end - start

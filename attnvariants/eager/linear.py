@@ -57,7 +57,7 @@ def forward(
             keys, decay = _keys(inputs, segment), decay_of(inputs, segment)
             writes = decay.to_end(keys).mT @ values
             states = _states(segment, decay, writes, carry, state, final=state)
-            o = decay.scores(queries, keys) @ values
+            o = decay.scores(decay.operands(queries, keys)) @ values
             o += decay.from_start(queries) @ states[:-1]
             carry = states[-1]
         else:
@@ -132,13 +132,15 @@ def _causal_backward(
         decay = decay_of(inputs, segment)
         incoming, outgoing = decay.from_start(queries), decay.to_end(keys)
         states = _states(segment, decay, outgoing.mT @ values, start, state)
-        dwrites = decay.faintest_first(incoming).mT @ decay.faintest_first(do)
+        do_backwards = decay.faintest_first(do)
+        dwrites = decay.faintest_first(incoming).mT @ do_backwards
         dstates = _dstates(segment, decay, dwrites, dcarry, dstate)
         dcarry = dstates[0]
         states, dstates = states[:-1], dstates[1:]
 
-        scores = decay.scores(queries, keys)
-        dv = decay.faintest_first(scores).mT @ decay.faintest_first(do)
+        operands = decay.operands(queries, keys)
+        scores = decay.scores(operands)
+        dv = decay.faintest_first(scores).mT @ do_backwards
         dv += outgoing @ dstates
         dq = decay.from_start(do @ states.mT)
         dk = decay.to_end(values @ dstates.mT)
@@ -146,9 +148,7 @@ def _causal_backward(
         if need_dg:
             through = (states * dstates).sum(-1).unsqueeze(-2)  # [n, H, 1, K]
             dg = decay.gradient(through, queries * dq, keys * dk)
-        dq_inside, dk_inside = decay.backward(queries, keys, scores, do @ values.mT, dg)
-        dq += dq_inside
-        dk += dk_inside
+        decay.backward(operands, scores, do @ values.mT, dq, dk, dg)
         gradients.write(segment.rows, *(segment.untile(x) for x in (dq, dk, dv)))
         if dg is not None:
             gradients.write_decay(segment.rows, segment.untile(dg.result()))
