@@ -270,15 +270,20 @@ def sequence_bounds(function: str, cu: Tensor, length: int) -> list[int]:
     return bounds
 
 
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``; there is none for tensors without storage."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def autocast(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor | None]:
     """Casts float32, bf16 and fp16 tensors to ``dtype`` where autocast is on.
 
     ``None`` is the autocast dtype.
     """
-    device = next(tensor.device.type for tensor in tensors if isinstance(tensor, Tensor))
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    device = next(tensor.device for tensor in tensors if isinstance(tensor, Tensor))
+    if not autocasting(device):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device) if dtype is None else dtype
+    dtype = torch.get_autocast_dtype(device.type) if dtype is None else dtype
     return [
         tensor.to(dtype)
         if isinstance(tensor, Tensor)

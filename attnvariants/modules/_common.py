@@ -134,7 +134,7 @@ class AttentionLayer(nn.Module):
         shapes.bind("x", x, "B T C")
         shapes.at_least_one("B", "T")
         dtype = self.q_proj.weight.dtype
-        if dtype in _checks.FLOAT_DTYPES and not torch.is_autocast_enabled(x.device.type):
+        if dtype in _checks.FLOAT_DTYPES and not _checks.autocasting(x.device):
             _checks.dtype_among(name, "x", x, [dtype])  # a quantised layer takes what it takes
         if padding_mask is not None:
             if cu_seqlens is not None:

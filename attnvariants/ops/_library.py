@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from attnvariants._checks import autocasting
+
 _library = torch.library.Library("attnvariants", "DEF")
 
 
@@ -19,13 +21,16 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
+    _library.impl(name, _isolated(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnvariants::{name}", fake, lib=_library)
 
 
 def call_reference(definition: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
     """Calls a definition, which chooses its own precision, with autocast off."""
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    device = tensors[0].device
+    if not autocasting(device):
+        return definition(*tensors, **options)
+    with torch.autocast(device.type, enabled=False):
         return definition(*tensors, **options)
 
 
@@ -46,15 +51,20 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps autocast, which reaches into operators, out of an implementation."""
+def _isolated(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps autograd and autocast, which reach into operators, out of an implementation.
+
+    Autograd does where an operator is called without its ``autograd.Function``, as the graphs of
+    ``torch.export`` do. Such a call has no gradient, and torch says so in the backward.
+    """
 
     @functools.wraps(implementation)
     def run(*args: Any, **kwargs: Any) -> Any:
-        device = args[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return implementation(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return implementation(*args, **kwargs)
+        device = args[0].device
+        with torch.no_grad():
+            if not autocasting(device):
+                return implementation(*args, **kwargs)
+            with torch.autocast(device.type, enabled=False):
+                return implementation(*args, **kwargs)
 
     return run
