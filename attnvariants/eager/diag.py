@@ -13,12 +13,12 @@ from torch import Tensor
 
 from attnvariants._checks import sequence_bounds, state_dtype
 from attnvariants.eager._tiles import (
+    LOG2_E,
     by_group,
     by_head,
     exp_,
     products,
     put_rows,
-    row_dot,
     take_rows,
 )
 
@@ -189,12 +189,13 @@ def _activate_(logits: Tensor, activation: str) -> Tensor:
     """Probabilities, or the rectified logits of ReLA, in place."""
     if activation == "relu":
         return logits.relu_()
-    p = exp_(logits.sub_(logits.amax(dim=-1, keepdim=True)))
-    return p.div_(p.sum(dim=-1, keepdim=True))
+    _, total = exp_(logits.mul_(LOG2_E))
+    return logits.div_(total)
 
 
 def _activation_backward_(dp: Tensor, p: Tensor, activation: str) -> Tensor:
     """The gradient of the logits from that of :func:`_activate_`'s result, in place."""
     if activation == "relu":
         return dp.mul_(p.sign())
-    return dp.sub_(row_dot(p, dp)).mul_(p)
+    delta = (p * dp).sum(dim=-1, keepdim=True)
+    return dp.sub_(delta).mul_(p)

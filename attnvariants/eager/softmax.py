@@ -73,11 +73,11 @@ def backward(
         dout = dout * activate(activation, _per_channel(logits))
     dlse = torch.zeros_like(lse) if dlse is None else dlse
     options = (windows, causal, scale)
-    inputs = (dout, dlse, q.to(wide), k.to(wide), v.to(wide), lse)
+    inputs = (dout, dlse, q.to(wide), k.to(wide), v.to(wide))
     if cu_seqlens is None:
         dq, dk, dv = _attend_backward(inputs, *options)
     else:
-        dq, dk, dv = (torch.empty_like(x) for x in inputs[2:5])
+        dq, dk, dv = (torch.empty_like(x) for x in inputs[2:])
         for tokens in by_length(cu_seqlens, q.shape[1]):
             parts = _attend_backward([x[0, tokens] for x in inputs], *options)
             dq[0, tokens], dk[0, tokens], dv[0, tokens] = parts
@@ -123,11 +123,11 @@ def _attend_alike(
 def _attend_backward(
     inputs: Sequence[Tensor], windows: list[int], causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`_attend`; ``inputs`` are dout, dlse, q, k, v and lse."""
-    dout, dlse, q, k, v, lse = inputs
+    """Gradients of :func:`_attend`; ``inputs`` are dout, dlse, q, k and v."""
+    dout, dlse, q, k, v = inputs
     runs = by_mask(windows, causal, k.shape[1])
     if len(runs) == 1:
-        return _backward_alike(dout, dlse, q, k, v, lse, scale, *next(iter(runs)))
+        return _backward_alike(dout, dlse, q, k, v, scale, *next(iter(runs)))
     group = q.shape[2] // k.shape[2]
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     for mask, heads in runs.items():
@@ -137,7 +137,6 @@ def _attend_backward(
             take_heads(q, heads, group),
             take_heads(k, heads),
             take_heads(v, heads),
-            take_heads(lse, heads, group),
             scale,
             *mask,
         )
@@ -153,15 +152,14 @@ def _backward_alike(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
     scale: float,
     causal: bool,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`_attend_backward` of heads with one mask."""
     blind = _blind_queries(q, k, causal)
-    dout, dlse, q, lse = (x[:, blind:] for x in (dout, dlse, q, lse))
-    dq, dk, dv = _tiles.backward(dout, dlse, q, k, v, lse, scale, causal, window)
+    dout, dlse, q = (x[:, blind:] for x in (dout, dlse, q))
+    dq, dk, dv = _tiles.backward(dout, dlse, q, k, v, scale, causal, window)
     return F.pad(dq, (0, 0, 0, 0, blind, 0)) if blind else dq, dk, dv
 
 
