@@ -14,9 +14,9 @@ class AttentionStats(NamedTuple):
     """Statistics of one attention call.
 
     Attributes:
-        max_logit: fp32 ``[H]``, detached. Softmax variants: the largest visible
-            ``softmax_scale * q.k`` over the batch. Linear variants: the largest visible
-            ``|score|`` before normalisation. ``-inf`` where nothing was visible.
+        max_logit: fp32 ``[H]`` (float64 for float64 inputs), detached. Softmax variants: the
+            largest visible ``softmax_scale * q.k`` over the batch. Linear variants: the largest
+            visible ``|score|`` before normalisation. ``-inf`` where nothing was visible.
         lse: fp32 ``[B, T, H]`` (float64 for float64 inputs), natural logarithm of the softmax
             denominator, or ``None`` for linear variants.
     """
