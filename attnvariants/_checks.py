@@ -100,7 +100,7 @@ def same_dtype(function: str, **tensors: Tensor) -> torch.dtype:
         raise TypeError(f"{function}: {name} has dtype {_short(first)}, expected {accepted}")
     if any(dtype != first for dtype in found.values()):
         listing = ", ".join(f"{name} {_short(dtype)}" for name, dtype in found.items())
-        raise ValueError(f"{function}: all of {', '.join(found)} take one dtype, got {listing}")
+        raise ValueError(f"{function}: {', '.join(found)} must share one dtype, got {listing}")
     return first
 
 
@@ -237,8 +237,11 @@ def windows(function: str, window: Window, kv_heads: int) -> list[int]:
     return [UNLIMITED if entry is None else entry for entry in entries]
 
 
-def cu_seqlens(function: str, cu: Tensor | None, batch: int) -> None:
-    """Checks everything about ``cu_seqlens`` but its values (see :func:`sequence_bounds`)."""
+def cu_seqlens(function: str, cu: Tensor | None, batch: int, length: int) -> None:
+    """Checks ``cu_seqlens`` of ``length`` packed tokens.
+
+    Its values are checked where reading them costs nothing: on the CPU, outside of recording.
+    """
     if cu is None:
         return
     if not isinstance(cu, Tensor):
@@ -255,6 +258,8 @@ def cu_seqlens(function: str, cu: Tensor | None, batch: int) -> None:
         raise ValueError(
             f"{function}: packed sequences (cu_seqlens) take a batch of 1, got {batch}"
         )
+    if cu.device.type == "cpu" and type(cu) is Tensor and not recording():
+        sequence_bounds(function, cu, length)
 
 
 def sequence_bounds(function: str, cu: Tensor, length: int) -> list[int]:

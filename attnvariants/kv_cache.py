@@ -185,7 +185,7 @@ class KVCache:
         self.advance(k.shape[1])
 
     def _append_packed(self, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
-        _checks.cu_seqlens("KVCache.append", cu_seqlens, k.shape[0])
+        _checks.cu_seqlens("KVCache.append", cu_seqlens, k.shape[0], k.shape[1])
         if cu_seqlens.numel() != self.batch_size + 1:
             raise ValueError(
                 f"KVCache.append: cu_seqlens has {cu_seqlens.numel()} entries, expected one per "
@@ -222,7 +222,7 @@ class KVCache:
         needed = int((self.lengths + (count if counts is None else counts)).max())
         if needed > self.max_length:
             raise ValueError(
-                f"{function}: {count} more tokens make {needed}, but the cache was made for "
+                f"{function}: {count} more tokens make {needed} in a row, more than the cache's "
                 f"max_length={self.max_length}"
             )
 

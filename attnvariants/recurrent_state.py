@@ -95,7 +95,7 @@ class RecurrentState:
         _checks.same_device("RecurrentState.update", state=state, buffer=self.state)
         _checks.positive_int("RecurrentState.update", "length", length)
         if cu_seqlens is not None:
-            _checks.cu_seqlens("RecurrentState.update", cu_seqlens, 1)
+            _checks.cu_seqlens("RecurrentState.update", cu_seqlens, 1, length)
             if cu_seqlens.numel() != self.batch_size + 1:
                 raise ValueError(
                     f"RecurrentState.update: cu_seqlens has {cu_seqlens.numel()} entries, "

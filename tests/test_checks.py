@@ -37,7 +37,7 @@ def test_alternatives_are_told_apart_by_rank() -> None:
 def test_dtypes() -> None:
     half, single = torch.zeros(1, dtype=torch.float16), torch.zeros(1)
     assert _checks.same_dtype("f", q=half, k=half) == torch.float16
-    with pytest.raises(ValueError, match=r"one dtype, got q float16, k float32"):
+    with pytest.raises(ValueError, match=r"q, k must share one dtype, got q float16, k float32"):
         _checks.same_dtype("f", q=half, k=single)
     with pytest.raises(TypeError, match="q has dtype int64, expected float16"):
         _checks.same_dtype("f", q=torch.zeros(1, dtype=torch.int64))
@@ -82,7 +82,7 @@ def test_windows_accept() -> None:
 )
 def test_cu_seqlens_refused(cu: object, batch: int, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        _checks.cu_seqlens("f", cu, batch)  # type: ignore[arg-type]
+        _checks.cu_seqlens("f", cu, batch, 4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

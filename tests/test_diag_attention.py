@@ -329,7 +329,7 @@ def call(**options: Any) -> Any:
         ({"v": torch.ones(2, 20, 4, 8)}, ValueError, "v has shape .* Hkv=2, V"),
         ({"q": torch.ones(2, 20, 3, 8)}, ValueError, "3 heads of q must be a multiple of the 2"),
         ({"v": torch.ones(2, 20, 2, 257)}, ValueError, "head dim of v must be between 1 and 256"),
-        ({"v": torch.ones(2, 20, 2, 8).half()}, ValueError, "take one dtype, got q float32"),
+        ({"v": torch.ones(2, 20, 2, 8).half()}, ValueError, "must share one dtype, got q float32"),
         ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
         ({"block_size": 2.0}, TypeError, "block_size must be an int, got 2.0"),
         ({"activation": "gelu"}, ValueError, "activation must be one of 'softmax', 'relu'"),

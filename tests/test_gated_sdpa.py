@@ -23,7 +23,7 @@ from softmax_checks import (
     results,
 )
 
-from attnvariants import gated_sdpa
+from attnvariants import gated_sdpa, ls_attention
 from attnvariants.eager import _tiles
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -342,3 +342,19 @@ def test_packed_sequences_take_as_many_keys_as_queries() -> None:
 def test_all_options_but_the_tensors_are_keywords() -> None:
     with pytest.raises(TypeError, match="positional"):
         gated_sdpa(*(torch.ones(ONES[name]) for name in "qkv"), None, True)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager"])
+def test_packed_calls_compile_and_name_the_function_in_errors(impl: str) -> None:
+    q = torch.randn(1, 6, 2, 4)
+    bounds = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+    def call(q: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+        out = ls_attention(q, q, q, window=2, cu_seqlens=bounds, impl=impl)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, bounds), call(q, bounds))
+    with pytest.raises(ValueError, match="ls_attention: cu_seqlens must start at 0 and end at"):
+        call(q, bounds + 1)

@@ -116,7 +116,9 @@ def test_full_cache_refuses_and_stays_as_it_is() -> None:
     cache = KVCache(2, 6, HEADS, K, V, window=(2, None, None))
     cache.append(*tokens(2, 6))
     before = snapshot(cache)
-    with pytest.raises(ValueError, match=r"KVCache.append: 1 more tokens make 7, .*max_length=6"):
+    with pytest.raises(
+        ValueError, match=r"KVCache.append: 1 more tokens make 7 in a row, .*max_length=6"
+    ):
         cache.append(*tokens(2, 1))
     with pytest.raises(ValueError, match="3 more tokens make 9"):
         cache.append(*tokens(1, 3), torch.tensor([0, 0, 3], dtype=torch.int32))

@@ -278,7 +278,7 @@ def good() -> dict[str, Any]:
         (
             {"k": torch.ones(2, 2, 3, 5).half()},
             ValueError,
-            "take one dtype, got q float32, k float",
+            "must share one dtype, got q float32, k float",
         ),
         ({"g": torch.ones(2, 2, 3, 7)}, ValueError, r"g has shape .* or \[B=2, Q=2, H=3\] or \[H"),
         ({"g": torch.ones(4)}, ValueError, "g has shape"),

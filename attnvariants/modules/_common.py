@@ -141,7 +141,7 @@ class AttentionLayer(nn.Module):
                 raise ValueError(f"{name}: padding_mask and cu_seqlens exclude each other")
             shapes.bind("padding_mask", padding_mask, "B T")
             _checks.dtype_among(name, "padding_mask", padding_mask, [torch.bool])
-        _checks.cu_seqlens(name, cu_seqlens, shapes["B"])
+        _checks.cu_seqlens(name, cu_seqlens, shapes["B"], shapes["T"])
         _checks.same_device(name, x=x, cu_seqlens=cu_seqlens, padding_mask=padding_mask)
         if cache is None:
             return

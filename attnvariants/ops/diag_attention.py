@@ -93,7 +93,7 @@ def diag_attention_with_stats(
     _checks.choice(function, "activation", activation, ACTIVATIONS)
     _checks.flag(function, "causal", causal)
     softmax_scale = _checks.scale(function, "softmax_scale", softmax_scale, shapes["K"] ** -0.5)
-    _checks.cu_seqlens(function, cu_seqlens, shapes["B"])
+    _checks.cu_seqlens(function, cu_seqlens, shapes["B"], shapes["T"])
     _checks.same_device(function, q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     q, k, v = _checks.autocast(q, k, v)  # type: ignore[assignment]
     _checks.same_dtype(function, q=q, k=k, v=v)

@@ -70,7 +70,7 @@ def attend(
         shapes.bind("norm_weight", norm_weight, "H V", "V")
     if gate is not None:
         shapes.bind("gate", gate, "B T H V", "B T H")
-    _checks.cu_seqlens(function, cu_seqlens, shapes["B"])
+    _checks.cu_seqlens(function, cu_seqlens, shapes["B"], shapes["T"])
     shapes.sizes["N"] = shapes["B"] if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is not None:
         shapes.bind("initial_state", initial_state, "N H K V")

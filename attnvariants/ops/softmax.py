@@ -48,7 +48,7 @@ def attend(
     _checks.choice(function, "gate_activation", gate_activation, GATE_ACTIVATIONS)
     softmax_scale = _checks.scale(function, "softmax_scale", softmax_scale, shapes["K"] ** -0.5)
     windows = _checks.windows(function, window, shapes["Hkv"])
-    _checks.cu_seqlens(function, cu_seqlens, shapes["B"])
+    _checks.cu_seqlens(function, cu_seqlens, shapes["B"], shapes["T"])
     if cu_seqlens is not None and shapes["S"] != shapes["T"]:
         raise ValueError(
             f"{function}: packed sequences (cu_seqlens) take as many keys as queries, "

@@ -56,7 +56,8 @@ def same_block(
     document = torch.zeros_like(i)
     start = torch.zeros_like(i)
     if cu_seqlens is not None:
-        sequence_bounds("diag_attention", cu_seqlens, length)
+        if not torch.compiler.is_compiling():
+            sequence_bounds("diag_attention", cu_seqlens, length)
         document = torch.bucketize(i, cu_seqlens[1:], right=True)
         start = cu_seqlens[document]
     block = (i - start) // block_size
