@@ -34,6 +34,7 @@ from bench.verify_cases import verify_cases
 
 OK, MISSING, FAILED = "ok", "missing", "failed verify"
 LONGEST_CALL = {"cpu": 4.0, "cuda": 1.0}  # seconds; calls with a higher floor are not timed
+LINEAR_COST = frozenset({"gated_linear_attention", "norm_linear_attention", "diag_attention"})
 MOST_DRIFT = 0.03  # of the anchors, beyond which absolute numbers mean little
 
 
@@ -337,10 +338,10 @@ class Session:
 
 
 def flatness(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """How constant the time per token of each of ours is over the lengths of the sweep."""
+    """How constant the time per token is over the sweep, where the cost grows with the length."""
     groups: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
-        if row.sweep and row.ours and row.status == OK:
+        if row.sweep and row.ours and row.status == OK and row.function in LINEAR_COST:
             key = (row.function, row.mode, row.dtype, row.contender)
             groups.setdefault(key, []).append(row)
     found = []

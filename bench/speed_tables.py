@@ -58,13 +58,13 @@ _COLUMNS = {  # and their widths
     "20-80 %": 13,
     "tokens/s": 8,
     "GFLOP/s": 8,
-    "GB/s": 6,
+    "GB/s": 8,
     "% floor": 7,
     "peak MiB": 8,
     "ours / it": 20,
 }
 _WIDE_ONLY = ("20-80 %", "GB/s")  # left out on a narrow terminal
-_WIDE = 122
+_WIDE = 124
 
 
 def _show_function(console: Console, function: str, rows: list[Any]) -> None:
