@@ -60,6 +60,16 @@ def test_many_chunks(strength: str) -> None:
     assert_matches_definition(NAME, tensors, {"return_state": True}, impl="eager", dtype=F32)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_segments(kind: str) -> None:
+    """With this many heads every chunk is a segment of its own."""
+    tensors = case(280, kind, "weak", (1, 40, 3, 2))
+    tensors["initial_state"] = states(tensors, 3)
+    cu_seqlens = torch.tensor([0, 30, 270, 280], dtype=torch.int32)
+    options = {"return_state": True, "cu_seqlens": cu_seqlens}
+    assert_matches_definition(NAME, tensors, options, impl="eager", dtype=F32)
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 24, 1, 1), (1, 8, 1, 30), (1, 1, 100, 60), (1, 1, 256, 256), (3, 40, 3, 2)]
 )
@@ -206,8 +216,14 @@ def test_nothing_passes_a_reset() -> None:
         assert (leaves[name].grad[:, :100] == 0).all(), name
 
 
-def test_largest_score() -> None:
-    tensors = case(150, "channel", "plain")
+@pytest.mark.parametrize("far_apart", [False, True])
+def test_largest_score(far_apart: bool) -> None:
+    tensors = case(150, "channel", "weak" if far_apart else "plain")
+    if far_apart:  # one query and one key only, three chunks from each other
+        for name, position in (("q", 140), ("k", 3)):
+            only = torch.zeros_like(tensors[name])
+            only[:, position] = tensors[name][:, position]
+            tensors[name] = only
     _, stats = run(NAME, tensors, impl="eager", return_stats=True, scale=-0.5)
     total = tensors["g"].cumsum(1)
     scores = torch.zeros(2, 150, 150, 2, dtype=F64)
@@ -216,6 +232,7 @@ def test_largest_score() -> None:
         keys = decay * tensors["k"][:, : i + 1]
         scores[:, i, : i + 1] = (tensors["q"][:, i : i + 1] * keys).sum(-1)
     torch.testing.assert_close(stats.max_logit, 0.5 * scores.abs().amax((0, 1, 2)))
+    assert stats.max_logit.all()
     assert stats.lse is None
     assert not stats.max_logit.requires_grad
 

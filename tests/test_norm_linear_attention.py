@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from linear_checks import INF, assert_same, draw, qkv, results, run, states
-from oracle import assert_matches_definition
+from oracle import assert_matches_definition, assert_within_budget
 
 from attnvariants import gated_linear_attention, norm_linear_attention
+from attnvariants.reference.norm_linear_attention import final_state
 
 NAME = "norm_linear_attention"
 MAPS = ("elu+1", "elu", "relu", "silu", None)
@@ -67,6 +68,28 @@ def test_lengths(causal: bool, length: int) -> None:
     tensors = case(length, (2, 2, 12, 9))
     options = {"causal": causal, "return_state": True}
     assert_matches_definition(NAME, tensors, options, impl="eager", dtype=F32)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_many_segments(causal: bool) -> None:
+    """With this many heads every chunk is a segment of its own."""
+    tensors = case(280, (1, 40, 3, 2), decay=causal)
+    tensors["initial_state"] = states(tensors, 3)
+    cu_seqlens = torch.tensor([0, 30, 270, 280], dtype=torch.int32)
+    options = {"return_state": True, "cu_seqlens": cu_seqlens, "causal": causal}
+    assert_matches_definition(NAME, tensors, options, impl="eager", dtype=F32)
+
+
+def test_errors_do_not_compound_over_chunks() -> None:
+    """A decay that float32 rounds badly per chunk is still right over 1024 chunks."""
+    decay = torch.tensor([-4.5e-10])  # exp(64 decay) lies between 1 and the number before it
+    q, k, v = (torch.rand(1, 2**16, 1, 2) for _ in range(3))
+    options = {"feature_map": None, "norm": None, "return_state": True, "impl": "eager"}
+    _, state = norm_linear_attention(q, k, v, decay=decay, **options)
+    start = torch.zeros(1, 1, 2, 2)
+    plain = final_state(k, v, decay, start)
+    truth = final_state(k.double(), v.double(), decay.double(), start.double())
+    assert_within_budget(state, truth, plain)
 
 
 @pytest.mark.parametrize(
