@@ -44,7 +44,7 @@ def test_cases_reach_every_function_and_edge() -> None:
     assert {case.function for case in verify_cases(quick=True)} == set(FUNCTIONS)
     names = [(case.function, case.name) for case in cases]
     assert len(set(names)) == len(names)
-    assert {1, 17, 64, 65, 200} <= {case.length for case in cases}
+    assert {1, 17, 64, 65, 200, 1000} <= {case.length for case in cases}
     assert {case.decays for case in cases} == set(DECAYS)
     assert any(0 in case.sequences for case in cases)
     assert any(case.key_dim != case.values for case in cases)
