@@ -10,7 +10,7 @@ import torch
 
 import attnvariants
 from attnvariants._select import FUNCTIONS
-from bench import peers
+from bench import package_peers, peers, torch_peers
 from bench.cases import DECODING, FORWARD, TRAINING, Case
 from bench.peers import Missing
 from bench.speed_cases import speed_cases
@@ -94,17 +94,17 @@ def test_plain_attention_is_another_function() -> None:
 def test_packages_that_are_absent_say_how_to_get_them(
     name: str, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(package_peers.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(Missing, match=r"^not installed: ") as caught:
         peers.peer(name).build(case, case.tensors(), FORWARD)
     assert "\n" not in str(caught.value)
 
 
 def test_a_package_that_cannot_be_imported_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda package: object())
+    monkeypatch.setattr(package_peers.importlib.util, "find_spec", lambda package: object())
     inputs = {"q": torch.empty(1, device="meta")}
     with pytest.raises(Missing, match="takes CUDA tensors"):
-        peers._from("fla.ops.gla", "pip", "chunk_gla", inputs)
+        package_peers._from("fla.ops.gla", "pip", "chunk_gla", inputs)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_what_a_peer_cannot_do(name: str, case: Case, mode: str, why: str) -> No
 
 
 def test_compilers_are_needed_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch_peers.shutil, "which", lambda name: None)
     for name in ("flex", "sdpa + gate, compiled"):
         with pytest.raises(Missing, match=r"needs g\+\+"):
             peers.peer(name).build(GATED, GATED.tensors(), FORWARD)
