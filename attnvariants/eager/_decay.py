@@ -256,9 +256,11 @@ class LogDecayGradient:
 
     def split(self, level: Level) -> None:
         """Halves the blocks; what crosses their middles is to be added to the halves' rows."""
-        lower = self.blocks + level.upper(self.queries).sum(-2)
-        upper = self.blocks + level.lower(self.keys).sum(-2)
-        self.blocks = torch.stack([lower, upper], dim=-2).flatten(-3, -2)
+        n, heads, count, width = self.blocks.shape
+        halves = self.blocks.new_empty(n, heads, count, 2, width)
+        torch.add(self.blocks, level.upper(self.queries).sum(-2), out=halves[..., 0, :])
+        torch.add(self.blocks, level.lower(self.keys).sum(-2), out=halves[..., 1, :])
+        self.blocks = halves.flatten(-3, -2)
 
     def result(self) -> Tensor:
         """The gradient ``[n, H, C, W]``, when the blocks are single rows."""
