@@ -45,8 +45,11 @@ def implementations() -> dict[str, dict[str, Availability]]:
     }
 
 
-def select(function: str, impl: str, device: torch.device) -> str:
-    """Resolves ``impl`` for tensors on ``device``; an explicit choice never falls back.
+def select(function: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolves ``impl`` for tensors of ``dtype`` on ``device``.
+
+    An explicit choice never falls back. ``"auto"`` never takes Triton's interpreter, which is for
+    tests.
 
     Raises:
         ValueError: ``impl`` is not a known name.
@@ -57,11 +60,11 @@ def select(function: str, impl: str, device: torch.device) -> str:
         raise ValueError(f"{function}: impl must be one of {listing}, got {impl!r}")
     if impl in ("eager", "reference"):
         return impl
+    usable = (name for name in IMPLEMENTATIONS if not _obstacle(function, name, device, dtype))
     if impl == "auto":
-        return next(name for name in IMPLEMENTATIONS if not _obstacle(function, name, device))
-    obstacle = _obstacle(function, impl, device)
+        return next(name for name in usable if not (name == "triton" and _interpreting()))
+    obstacle = _obstacle(function, impl, device, dtype)
     if obstacle:
-        usable = [name for name in IMPLEMENTATIONS if not _obstacle(function, name, device)]
         raise NotImplementedError(
             f"{function}: impl={impl!r} cannot serve this call: {obstacle}. "
             f"These can: {', '.join(repr(name) for name in usable)}, or 'auto'"
@@ -106,8 +109,8 @@ def _missing(function: str, impl: str) -> str:
     return ""
 
 
-def _obstacle(function: str, impl: str, device: torch.device) -> str:
-    """Why ``impl`` cannot serve tensors on ``device``; empty where it can."""
+def _obstacle(function: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why ``impl`` cannot serve tensors of ``dtype`` on ``device``; empty where it can."""
     missing = _missing(function, impl)
     if missing:
         return missing
@@ -116,6 +119,8 @@ def _obstacle(function: str, impl: str, device: torch.device) -> str:
         impl == "triton" and not on_cuda and not _interpreting()
     ):
         return f"it takes CUDA tensors, got {device}"
+    if impl in ("cuda", "triton") and dtype == torch.float64:
+        return "it takes float16, bfloat16 and float32 tensors, got float64"
     return ""
 
 

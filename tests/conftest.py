@@ -12,6 +12,10 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+# Triton reads it when it is imported: kernels then run on CPU tensors, in its interpreter. Tests
+# that compile kernels do so in a process of their own.
+os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

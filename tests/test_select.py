@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from attnvariants import implementations
-from attnvariants._select import FUNCTIONS, IMPLEMENTATIONS, select
+from attnvariants._select import FUNCTIONS, IMPLEMENTATIONS, TRITON_FUNCTIONS, select
 
-CPU = torch.device("cpu")
+CPU, F32 = torch.device("cpu"), torch.float32
 
 
 def test_implementations_lists_everything_with_a_reason() -> None:
@@ -23,16 +23,36 @@ def test_implementations_lists_everything_with_a_reason() -> None:
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_auto_takes_the_fastest_that_serves_the_device(function: str) -> None:
-    assert select(function, "auto", CPU) == "eager"
-    assert select(function, "reference", CPU) == "reference"
+    assert select(function, "auto", CPU, F32) == "eager"
+    assert select(function, "reference", CPU, F32) == "reference"
 
 
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
-def test_an_explicit_choice_that_cannot_serve_says_what_can(impl: str) -> None:
+def test_an_explicit_choice_that_cannot_serve_says_what_can(
+    impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(NotImplementedError, match=rf"impl='{impl}'.*These can: 'eager'"):
-        select("gated_sdpa", impl, CPU)
+        select("gated_sdpa", impl, CPU, F32)
+
+
+@pytest.mark.parametrize("function", TRITON_FUNCTIONS)
+def test_kernels_refuse_float64(function: str) -> None:
+    assert select(function, "triton", CPU, F32) == "triton"
+    with pytest.raises(NotImplementedError, match="takes float16, bfloat16 and float32 tensors"):
+        select(function, "triton", CPU, torch.float64)
+
+
+@pytest.mark.parametrize("function", TRITON_FUNCTIONS)
+def test_kernels_without_a_device_say_how_to_run_them(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    entry = implementations()[function]["triton"]
+    assert entry.usable == torch.cuda.is_available()
+    assert entry.usable or "set TRITON_INTERPRET=1 before import" in entry.reason
 
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"impl must be one of 'auto', 'cuda'.*got 'flash'"):
-        select("gated_sdpa", "flash", CPU)
+        select("gated_sdpa", "flash", CPU, F32)

@@ -96,7 +96,7 @@ def attention_decode(
     if gate is not None:
         accepted = (dtype, _checks.state_dtype(dtype))
         _checks.dtype_among("attention_decode", "gate", gate, accepted)
-    impl = select("attention_decode", impl, q.device)
+    impl = select("attention_decode", impl, q.device, dtype)
     cache.reserve("attention_decode", steps)
 
     if impl == "reference":

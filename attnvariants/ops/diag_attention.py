@@ -98,7 +98,7 @@ def diag_attention_with_stats(
     q, k, v = _checks.autocast(q, k, v)  # type: ignore[assignment]
     _checks.same_dtype(function, q=q, k=k, v=v)
 
-    impl = select(function, impl, q.device)
+    impl = select(function, impl, q.device, q.dtype)
     if impl == "reference":
         from attnvariants.reference import diag_attention as reference
 

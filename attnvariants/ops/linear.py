@@ -92,7 +92,7 @@ def attend(
     if initial_state is not None:
         _checks.dtype_among(function, "initial_state", initial_state, (wide,))
 
-    impl = select(function, impl, q.device)
+    impl = select(function, impl, q.device, q.dtype)
     if impl == "reference":
         common = {"norm": norm, "norm_weight": norm_weight, "eps": eps, "gate": gate}
         common |= {"gate_activation": gate_activation, "initial_state": initial_state}

@@ -101,7 +101,7 @@ def linear_attention_decode(
         if tensor is not None:
             _checks.dtype_among(function, name, tensor, (dtype, wide))
     _checks.dtype_among(function, "state", buffer, (wide,))
-    impl = select(function, impl, q.device)
+    impl = select(function, impl, q.device, q.dtype)
 
     if impl == "reference":
         from attnvariants.reference.linear_attention_decode import (

@@ -60,7 +60,7 @@ def attend(
     if gate is not None:
         _checks.dtype_among(function, "gate", gate, (dtype, _checks.state_dtype(dtype)))
 
-    impl = select(function, impl, q.device)
+    impl = select(function, impl, q.device, dtype)
     if impl == "reference":
         from attnvariants.reference.gated_sdpa import gated_sdpa
 

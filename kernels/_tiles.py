@@ -1,0 +1,87 @@
+"""What every kernel shares: tensors with their strides, sizes, loads, stores and dot products."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Strided(NamedTuple):
+    """A tensor ``[B, T, H, D]`` with its strides in elements, passed to a kernel as one argument.
+
+    Triton compiles a variant for strides that are 1 or multiples of 16, which is what makes loads
+    wide, and takes any others without a copy.
+    """
+
+    ptr: Any
+    batch: int
+    time: int
+    head: int
+    dim: int
+
+
+def strided(x: Any) -> Strided:
+    """Bundles a tensor with its strides; without the last axis, ``[B, T, H]``, that one is 0."""
+    return Strided(x, *x.stride(), *(0,) * (4 - x.dim()))
+
+
+def odd(size: int) -> int:
+    """A size on its way into a kernel, which takes it apart with ``size >> 1``.
+
+    Triton compiles a kernel anew for arguments that are 1 or multiples of 16. Lengths and batch
+    sizes change from call to call and gain nothing by it, so they travel as ``2 size + 1``.
+    """
+    return 2 * size + 1
+
+
+@triton.jit
+def locate(x, i_b, i_h, first):
+    """The address of row ``first`` of one batch entry and head of a ``Strided``, in 64 bits."""
+    start = tl.cast(i_b, tl.int64) * x.batch + tl.cast(i_h, tl.int64) * x.head
+    return x.ptr + start + tl.cast(first, tl.int64) * x.time
+
+
+@triton.jit
+def load_rows(p_x, x, rows, live, D: tl.constexpr, BD: tl.constexpr):
+    """Loads ``[rows, BD]`` from address ``p_x``, zero where not ``live`` and beyond ``D``.
+
+    ``live`` is a mask over the rows, or ``None`` where all of them exist.
+    """
+    cols = tl.arange(0, BD)
+    p_tile = p_x + rows[:, None] * x.time + cols[None, :] * x.dim
+    if D == BD:
+        if live is None:
+            b_x = tl.load(p_tile)
+        else:
+            b_x = tl.load(p_tile, mask=live[:, None], other=0.0)
+    else:
+        if live is None:
+            b_x = tl.load(p_tile, mask=cols[None, :] < D, other=0.0)
+        else:
+            b_x = tl.load(p_tile, mask=live[:, None] & (cols[None, :] < D), other=0.0)
+    return b_x
+
+
+@triton.jit
+def store_rows(p_x, x, rows, live, b_x, D: tl.constexpr, BD: tl.constexpr):
+    """Stores ``b_x [rows, BD]`` to address ``p_x``, rounded once to the dtype of ``x``."""
+    cols = tl.arange(0, BD)
+    p_tile = p_x + rows[:, None] * x.time + cols[None, :] * x.dim
+    mask = live[:, None] & (cols[None, :] < D)
+    tl.store(p_tile, b_x.to(x.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """``acc + a @ b`` in float32; float32 operands are not rounded to TF32."""
+    if INTERPRETED:  # the interpreter multiplies bf16 by its bits
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
