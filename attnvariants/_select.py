@@ -21,7 +21,7 @@ FUNCTIONS = (
 )
 
 # Functions with kernels: filled as kernels/ and csrc/ gain them.
-TRITON_FUNCTIONS: frozenset[str] = frozenset()
+TRITON_FUNCTIONS = frozenset({"gated_sdpa", "ls_attention"})
 CUDA_FUNCTIONS: frozenset[str] = frozenset()
 
 

@@ -24,12 +24,12 @@ class Strided(NamedTuple):
     batch: int
     time: int
     head: int
-    dim: int
+    dim: int | None  # None for a tensor [B, T, H]
 
 
 def strided(x: Any) -> Strided:
-    """Bundles a tensor with its strides; without the last axis, ``[B, T, H]``, that one is 0."""
-    return Strided(x, *x.stride(), *(0,) * (4 - x.dim()))
+    """Bundles a tensor ``[B, T, H, D]`` or ``[B, T, H]`` with its strides."""
+    return Strided(x, *x.stride(), *(None,) * (4 - x.dim()))
 
 
 def odd(size: int) -> int:
