@@ -17,7 +17,8 @@ from typing import Any
 
 from bench.errors import BenchError
 
-_TILE = re.compile(r"B[A-Z0-9]+$")  # BT, BS, BK, BV: tile sizes, by the letters of kernels/README
+_TILE = re.compile(r"B[A-Z0-9]+$")  # tile sizes, by the letters of kernels/README
+_TILE_ORDER = "BT BS BK BV"
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,7 @@ def _record(
     common: dict[str, Any] = {
         "kernel": function.__name__,
         "arch": arch,
-        "tiles": {
-            name: value
-            for name, value in arguments.items()
-            if name in constant and _TILE.match(name) and isinstance(value, int)
-        },
+        "tiles": _tiles({name: value for name, value in arguments.items() if name in constant}),
         "seconds": seconds,
     }
     if kernel is None:
@@ -146,6 +143,17 @@ def _record(
         cached=cached,
         cubin=kernel.asm["cubin"],
     )
+
+
+def _tiles(constants: dict[str, Any]) -> dict[str, int]:
+    """The tile sizes among compile-time arguments, which may be named tuples of them."""
+    found: dict[str, int] = {}
+    for name, value in constants.items():
+        if hasattr(value, "_asdict"):
+            found |= _tiles(value._asdict())
+        elif _TILE.match(name) and isinstance(value, int) and value > 0:
+            found[name] = value
+    return dict(sorted(found.items(), key=lambda tile: _TILE_ORDER.find(tile[0])))
 
 
 def _reason(error: Exception) -> str:

@@ -256,17 +256,17 @@ def merge(rows: Sequence[Row]) -> list[Row]:
     """Rows of equal binaries as one; a binary is judged as the strictest of its cases does."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        key = (row.arch, row.kernel, row.key or (row.case, row.problems))
-        if key not in found:
-            found[key] = row
+        key = (row.arch, row.key) if row.key else (row.label, row.problems)
+        first = found.setdefault(key, row)
+        if first is row:
             continue
-        first = found[key]
+        new = row.case not in (first.case, *first.also)
         found[key] = replace(
             first,
             seconds=max(first.seconds, row.seconds),
             cached=first.cached and row.cached,
             problems=first.problems or row.problems,
-            also=(*first.also, row.case),
+            also=(*first.also, row.case) if new else first.also,
         )
     return list(found.values())
 
@@ -281,16 +281,14 @@ def _failed(task: Task, message: str) -> Row:
 
 # --- showing -------------------------------------------------------------------------------------
 
-_COLUMNS = ("dtype", "case", "tiles", "warps", "stages", "regs", "stack", "shared KB", "of")
-_MORE = ("tensor cores", "instr.", "s", "")
-
 
 def show(console: Console, rows: Sequence[Row]) -> None:
     """One table per kernel and chip, then every broken rule in full."""
     for kernel in dict.fromkeys(row.kernel for row in rows):
         for arch in dict.fromkeys(row.arch for row in rows if row.kernel == kernel):
             own = [row for row in rows if (row.kernel, row.arch) == (kernel, arch)]
-            console.print(_table(f"{kernel}, sm_{arch}", own))
+            limit = f"{SHARED_LIMIT[arch] / 1024:.0f} KB of shared memory"
+            console.print(_table(f"{kernel}, sm_{arch} ({limit})", own))
     for row in rows:
         for problem in row.problems:
             text = f"BROKEN {row.label}: {problem}"
@@ -301,23 +299,25 @@ def show(console: Console, rows: Sequence[Row]) -> None:
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for name in (*_COLUMNS, *_MORE):
-        left = name in ("dtype", "case", "tiles", "tensor cores", "")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name != "case")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    names = max((row.tiles for row in rows), key=len)
+    for name in ("dtype", "case", " ".join(names) or "tiles", "tensor cores"):
+        table.add_column(name, no_wrap=name != "case")
+    for name in ("warps", "stages", "registers", "stack", "KB", "instr.", "s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
     for row in rows:
         more = f" (+{len(row.also)})" if row.also else ""
         table.add_row(
             row.dtype,
             row.case + more,
-            configuration(row.tiles),
+            " ".join(f"{row.tiles.get(name, 0):{len(name)}}" for name in names) or "-",
+            " ".join(f"{name} {count}" for name, count in row.tensor_cores.items()) or "-",
             str(row.warps),
             str(row.stages),
             str(row.registers),
             str(row.stack),
             f"{row.shared / 1024:.0f}",
-            f"{row.shared_limit / 1024:.0f}",
-            " ".join(f"{name} {count}" for name, count in row.tensor_cores.items()) or "-",
             str(row.instructions),
             "cached" if row.cached else f"{row.seconds:.1f}",
             "[red]BROKEN[/red]" if row.problems else "[green]ok[/green]",
@@ -327,4 +327,4 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 
 def configuration(tiles: dict[str, int]) -> str:
     """Tile sizes in a few characters."""
-    return " ".join(f"{name}{size}" for name, size in tiles.items()) or "-"
+    return " ".join(f"{name}={size}" for name, size in tiles.items()) or "-"

@@ -258,7 +258,7 @@ def test_results_and_exit_code(
     monkeypatch.setattr(bench_compile, "compile_all", lambda *_, **__: [row])
     assert bench_compile.run(_arguments("--out", str(tmp_path))) == int(broken)
     text = capsys.readouterr().out
-    where = "kernel sm_90 bfloat16 [K=64] BT64 BS32, 4 warps, 2 stages"
+    where = "kernel sm_90 bfloat16 [K=64] BT=64 BS=32, 4 warps, 2 stages"
     assert (f"BROKEN {where}: spills 8 bytes" in text) == broken
     content = json.loads((tmp_path / "compile.json").read_text())
     assert content["ok"] != broken
