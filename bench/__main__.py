@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": "compare every usable implementation with float64",
     "speed": "time the implementations beside their peers and the floor",
     "compile": "compile the Triton kernels for every chip, without a GPU",
+    "tune": "find tile sizes for one kernel: prune without a GPU, time on one",
     "logits": "train small language models and record how their logits grow",
     "report": "tables, plots and one HTML page from the results in a folder",
 }

@@ -30,7 +30,6 @@ from bench.verify import DTYPES
 from bench.workers import Failure, run_tasks
 
 ARCHS = (80, 86, 90, 100, 120)
-HALF = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def compile_task(task: Task, report: Callable[[Any], None]) -> list[Row]:
 
 
 def launches(case: CompileCase, arch: int) -> list[Compiled]:
-    """Everything that the calls of a case launch."""
+    """Everything that the calls of a case launch; a launcher that fails is in the list itself."""
     with compiling_for(arch) as found:
         try:
             for call in case.calls("cpu").values():

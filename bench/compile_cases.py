@@ -18,6 +18,7 @@ from torch import Tensor
 from attnvariants import _checks
 from bench.cases import Case
 
+HALF = ("bfloat16", "float16")
 Calls: TypeAlias = Mapping[str, Callable[[], Any]]  # by name, in the order in which they run
 
 
@@ -26,13 +27,15 @@ class CompileCase:
     """One case in one dtype.
 
     ``launchers(case, tensors)`` gives the calls; it belongs to a module, so that it can travel to
-    another process. In half precision every kernel has to use tensor cores, but those in
+    another process. ``kernels`` are the names in the configuration tables, each with the call that
+    launches it. In half precision every kernel has to use tensor cores, but those in
     ``without_dots``. ``quick``: part of the cases that reach every configuration.
     """
 
     case: Case
     dtype: str
     launchers: Callable[[Case, dict[str, Tensor]], Calls]
+    kernels: Mapping[str, str]
     without_dots: tuple[str, ...] = ()
     quick: bool = False
 
@@ -46,7 +49,12 @@ class CompileCase:
 
     def needs_tensor_cores(self, kernel: str) -> bool:
         """Whether ``kernel`` would be slow without them; float32 is multiplied exactly instead."""
-        return self.dtype in ("bfloat16", "float16") and kernel not in self.without_dots
+        return self.dtype in HALF and table_name(kernel) not in self.without_dots
+
+
+def table_name(kernel: str) -> str:
+    """The name in the configuration tables of a kernel's function."""
+    return kernel.removesuffix("_kernel")
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,13 @@ ACCEPTED: tuple[AcceptedSpill, ...] = ()
 
 # --- softmax attention ---------------------------------------------------------------------------
 
-_WITHOUT_DOTS = ("softmax_backward_rows_kernel",)  # reads every row once
+_SOFTMAX_KERNELS = {
+    "softmax_forward": "forward",
+    "softmax_backward_rows": "backward",
+    "softmax_backward_dq": "backward",
+    "softmax_backward_dkdv": "backward",
+}
+_WITHOUT_DOTS = ("softmax_backward_rows",)  # reads every row once
 _HEAD_DIMS = ((16, 16), (32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 _BUCKETS = ((64, 64), (128, 128), (256, 256))  # of the configuration tables
 
@@ -134,7 +148,7 @@ def _softmax_cases() -> list[CompileCase]:
         case = Case(
             "gated_sdpa", f"{size} {name}", key_dim=key_dim, value_dim=value_dim, **features
         )
-        return CompileCase(case, dtype, softmax, _WITHOUT_DOTS, quick)
+        return CompileCase(case, dtype, softmax, _SOFTMAX_KERNELS, _WITHOUT_DOTS, quick)
 
     found = []
     for dims in _HEAD_DIMS:

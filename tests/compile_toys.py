@@ -67,7 +67,7 @@ def launchers(case: Case, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def case(name: str, dtype: str = "bfloat16") -> CompileCase:
-    return CompileCase(Case("gated_sdpa", name), dtype, launchers)
+    return CompileCase(Case("gated_sdpa", name), dtype, launchers, {"toy_product": name})
 
 
 CASES = [

@@ -125,21 +125,21 @@ def test_other_rules() -> None:
 
 def test_tensor_cores_are_a_property_of_the_case() -> None:
     def case(dtype: str) -> CompileCase:
-        return CompileCase(Case("gated_sdpa", "some"), dtype, lambda case, x: {}, ("row_sums",))
+        return CompileCase(Case("gated_sdpa", "some"), dtype, lambda case, x: {}, {}, ("row_sums",))
 
     assert case("bfloat16").needs_tensor_cores("kernel")
     assert case("float16").needs_tensor_cores("kernel")
-    assert not case("bfloat16").needs_tensor_cores("row_sums")
+    assert not case("bfloat16").needs_tensor_cores("row_sums_kernel")
     assert not case("float32").needs_tensor_cores("kernel")
 
 
 def test_an_accepted_spill_covers_its_own_kernel_only() -> None:
-    case = CompileCase(Case("gated_sdpa", "K=256 windowed"), "bfloat16", lambda case, x: {})
+    case = CompileCase(Case("gated_sdpa", "K=256 windowed"), "bfloat16", lambda case, x: {}, {})
     entry = AcceptedSpill("kernel", (80,), 40, "no smaller tile is faster", case="K=256")
     assert entry.covers("kernel", 80, case)
     assert not entry.covers("kernel", 90, case)
     assert not entry.covers("kernel_2", 80, case)
-    other = CompileCase(Case("gated_sdpa", "K=128"), "bfloat16", lambda case, x: {})
+    other = CompileCase(Case("gated_sdpa", "K=128"), "bfloat16", lambda case, x: {}, {})
     assert not entry.covers("kernel", 80, other)
 
 
@@ -252,7 +252,7 @@ def test_results_and_exit_code(
         2,
         problems=("spills 8 bytes per thread (2 instructions)",) if broken else (),
     )
-    case = CompileCase(Case("gated_sdpa", "K=64"), "bfloat16", lambda case, x: {})
+    case = CompileCase(Case("gated_sdpa", "K=64"), "bfloat16", lambda case, x: {}, {})
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(bench_compile, "compile_cases", lambda quick: [case])
     monkeypatch.setattr(bench_compile, "compile_all", lambda *_, **__: [row])
