@@ -92,7 +92,7 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
     "softmax_backward_dkdv": {
         "hopper": {
             64: Config(64, 128, 8, 2),
-            128: Config(32, 128, 8, 2),
+            128: Config(64, 128, 8, 2),
             256: Config(32, 32, 8, 2),
         },
         "ampere": {
