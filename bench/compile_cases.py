@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from attnvariants import _checks
+from attnvariants import KVCache, _checks
 from bench.cases import Case
 
 HALF = ("bfloat16", "float16")
@@ -137,6 +137,26 @@ def softmax(case: Case, tensors: dict[str, Tensor]) -> Calls:
         return torch.ones_like(out), out, lse
 
     return {"forward": forward, "backward": backward}
+
+
+def decode(case: Case, tensors: dict[str, Tensor]) -> Calls:
+    """A step of ``attention_decode`` behind a filled cache."""
+    kernels: Any = importlib.import_module("attnvariants.kernels.softmax_decode")
+    q, k, v = (tensors[name] for name in "qkv")
+    cached = case.keys - case.length
+    window = case.options.get("window")
+    dims = (case.key_heads, case.key_dim, case.values)
+    cache = KVCache(case.batch, case.keys, *dims, window=window, dtype=k.dtype, device=k.device)
+    cache.append(k[:, :cached], v[:, :cached])
+    gate = tensors.get("gate")
+    scale, activation = case.key_dim**-0.5, None if gate is None else "sigmoid"
+
+    def step() -> Any:
+        new = (k[:, cached:], v[:, cached:])
+        state = (cache.k, cache.v, cache.lengths, cache.capacities, cache.max_filled)
+        return kernels.attend(q, *new, gate, *state, scale, activation)
+
+    return {"step": step}
 
 
 def _softmax_cases() -> list[CompileCase]:

@@ -120,9 +120,13 @@ def _judge(task: Task, candidate: Candidate | None) -> Result:
             found = launches(case, task.arch)
         one = next((one for one in found if table_name(one.kernel) == task.kernel), found[-1])
         row = row_of(one, case, ())
+        BT, BS = (row.tiles.get(name, 0) for name in ("BT", "BS"))
+        used = Candidate(BT, BS, row.warps, row.stages)
         if candidate is None:
-            BT, BS = (row.tiles.get(name, 0) for name in ("BT", "BS"))
-            result.candidate = Candidate(BT, BS, row.warps, row.stages)
+            result.candidate = used
+        elif used != candidate and not one.error:
+            result.problem = f"the launcher makes it {used} [{row.case}]"
+            break
         result.registers = max(result.registers, row.registers)
         result.shared = max(result.shared, row.shared)
         if row.problems:
