@@ -75,7 +75,8 @@ def prune(
         for BT, BS, warps in itertools.product(space["BT"], sizes, space["warps"]):
             stages = [Candidate(BT, BS, warps, count) for count in sorted(space["stages"])]
             others = tuple(one for one in stages if one != entry.candidate)
-            tasks.append(Task(kernel, own, arch, others))
+            if others:
+                tasks.append(Task(kernel, own, arch, others))
     with progress(console, len(tasks)) as step:
         found = _prune_tasks(tasks, jobs, step)
     return [*current.values(), *sorted(found, key=lambda one: (one.arch, one.candidate))]

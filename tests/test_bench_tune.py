@@ -72,8 +72,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[Candidate | None]:
     return asked
 
 
-def _prune(*cases: CompileCase) -> dict[Candidate, Result]:
-    found = pruning.prune("k", cases, [90], SPACE, make_console())
+def _prune(*cases: CompileCase, **space: tuple[int, ...]) -> dict[Candidate, Result]:
+    found = pruning.prune("k", cases, [90], SPACE | space, make_console())
     return {result.candidate: result for result in found}
 
 
@@ -92,6 +92,10 @@ def test_what_cannot_work_is_pruned(compiler: list[Candidate | None]) -> None:
     assert found[Candidate(128, 32, 4, 2)].problem == "spills 8 bytes per thread [K=64]"
     assert found[TABLE].registers == 92
     assert compiler.count(None) == 1
+
+
+def test_the_table_may_be_all_there_is(compiler: list[Candidate | None]) -> None:
+    assert list(_prune(_case(), BT=(64,), stages=(2,))) == [TABLE]
 
 
 def test_a_candidate_has_to_work_in_every_case(compiler: list[Candidate | None]) -> None:
