@@ -43,7 +43,7 @@ def _kind(arch: int) -> str:
 _TABLES: dict[str, dict[str, dict[int, Config]]] = {
     "softmax_forward": {
         "hopper": {
-            64: Config(128, 64, 4, 3),
+            64: Config(128, 64, 8, 3),
             128: Config(128, 64, 8, 3),
             256: Config(64, 32, 8, 3),
         },
@@ -58,8 +58,8 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
             256: Config(64, 32, 8, 2),
         },
         "float32": {
-            64: Config(32, 32, 4, 2),
-            128: Config(32, 16, 8, 2),
+            64: Config(32, 32, 8, 2),
+            128: Config(32, 16, 8, 1),
             256: Config(16, 32, 8, 2),
         },
     },
@@ -97,7 +97,7 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
         },
         "ampere": {
             64: Config(32, 128, 8, 2),
-            128: Config(32, 64, 4, 2),
+            128: Config(32, 64, 8, 2),
             256: Config(32, 32, 8, 2),
         },
         "consumer": {
