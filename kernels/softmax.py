@@ -176,7 +176,8 @@ def backward_rows(
         softmax_backward_rows_kernel,
         triton.cdiv(length, config.BT) * batch * heads,
         strided(dout),
-        *(None if x is None else strided(x) for x in (dlse, gate)),
+        None if dlse is None else strided(dlse[..., None]),  # without None: Triton 3.6
+        None if gate is None else strided(gate),
         strided(out),
         None if gate is None else strided(dpre),
         None if dgate is None else strided(dgate),

@@ -47,7 +47,7 @@ def softmax_backward_rows_kernel(
     b_dy = load_rows(locate(dout, i_b, i_h, first), dout, rows, live, V, BV).to(tl.float32)
     b_y = load_rows(locate(out, i_b, i_h, first), out, rows, live, V, BV).to(tl.float32)
     b_product = b_dy * b_y  # [BT, BV]
-    if gate is None:
+    if ACTIVATION is None:  # Triton 3.6 fails to compare a gate that holds None with None
         b_delta = tl.sum(b_product, 1)
     else:
         p_gate = locate(gate, i_b, i_h, first)

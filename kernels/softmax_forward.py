@@ -166,7 +166,7 @@ def softmax_forward_kernel(
         if not NATURAL:
             largest = largest * LN_2
         tl.store(max_logit + (i_tile * batch + i_b) * heads + i_h, largest)
-    if gate is not None:
+    if ACTIVATION is not None:  # Triton 3.6 fails to compare a gate that holds None with None
         p_gate = locate(gate, i_b, i_h, start + first)
         if gate.dim is None:  # one logit per head
             b_gate = tl.load(p_gate + rows * gate.time, mask=live, other=0.0)[:, None]
