@@ -21,7 +21,7 @@ FUNCTIONS = (
 )
 
 # Functions with kernels: filled as kernels/ and csrc/ gain them.
-TRITON_FUNCTIONS: frozenset[str] = frozenset()
+TRITON_FUNCTIONS: frozenset[str] = frozenset({"attention_decode"})
 CUDA_FUNCTIONS: frozenset[str] = frozenset()
 
 
