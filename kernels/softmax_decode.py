@@ -20,14 +20,29 @@ import triton.language as tl
 from torch import Tensor
 
 from attnvariants.kernels._gate import activate
-from attnvariants.kernels._launch import Config, launch, tile_dim
+from attnvariants.kernels._launch import launch, tile_dim
 from attnvariants.kernels._tiles import LOG2_E, Strided, dot, load_rows, locate, odd, strided
 
 _NEW_KEYS = tl.constexpr(16)  # rows of the tile that holds the 1 to 8 keys of the step
 _PARTS = tl.constexpr(16)  # parts of a softmax that are added up at a time
-_MAX_ROWS = 64  # query rows of a program; a larger group reads the cache once per block of rows
-_TILE_BYTES = 32768  # keys and values of a tile: two tiles of two programs in flight on an SM
-_RESIDENT = 2  # programs on an SM
+_RESIDENT = 2  # programs on an SM, as many as it takes to keep enough loads in flight
+
+
+class Config(NamedTuple):
+    """Query rows, slots and columns of a product, warps and stages."""
+
+    BT: int
+    BS: int
+    BC: int
+    warps: int
+    stages: int
+
+
+class Pair(NamedTuple):
+    """Keys and values, each a ``Strided``."""
+
+    k: Any
+    v: Any
 
 
 class Parts(NamedTuple):
@@ -85,7 +100,7 @@ def attend(
     if not batch:
         return out, row_max, lse
     BK, BV = tile_dim(key_dim), tile_dim(value_dim)
-    config = configure(rows, (BK + BV) * k.element_size())
+    config = configure(rows, BK, BV, q.dtype)
     blocks = triton.cdiv(rows, config.BT)
     plan = share_out(
         tuple(capacities), batch * blocks, config.BS, _RESIDENT * _processors(q.device), q.device
@@ -97,29 +112,36 @@ def attend(
         total=q.new_empty(items * batch, rows, dtype=torch.float32),
         lengths=torch.empty_like(lengths),
     )
-    new = strided(k), strided(v)
-    cached = _strided_cache(k_cache), _strided_cache(v_cache)
+    new = Pair(strided(k), strided(v))
+    cache = Pair(_strided_cache(k_cache), _strided_cache(v_cache))
     sizes = group, steps, key_dim, value_dim
     launch(
-        *(_attend_parts, items * blocks * batch, strided(q), *new, *cached, lengths, plan.items),
-        *(parts, softmax_scale, odd(batch), *sizes, config.BT, BK, BV, config.BS),
+        *(_attend_parts, items * blocks * batch, strided(q), new, cache, lengths, plan.items),
+        *(parts, softmax_scale, odd(batch), *sizes, config.BT, BK, BV, config.BS, config.BC),
         like=q,
         config=config,
     )
     launch(
         *(_add_parts, batch * steps * heads, parts, Results(out, row_max, lse)),
-        *(None if gate is None else strided(gate), *new, *cached, lengths, plan.heads),
+        *(None if gate is None else strided(gate), new, cache, lengths, plan.heads),
         *(odd(batch), *sizes, BK, BV, gate_activation),
         like=q,
-        config=Config(0, 0, warps=4, stages=1),
+        config=config,
     )
     return out, row_max, lse
 
 
-def configure(rows: int, slot_bytes: int) -> Config:
-    """Query rows and slots of a tile, for slots whose padded key and value take so many bytes."""
-    slots = min(64, max(16, _TILE_BYTES // slot_bytes))
-    return Config(BT=min(_MAX_ROWS, tile_dim(rows)), BS=slots, warps=4, stages=3)
+def configure(rows: int, BK: int, BV: int, dtype: torch.dtype) -> Config:
+    """Tiles of 16 KB in half precision, so that several programs with two of them fit an SM.
+
+    More rows than a tile has are cut into blocks, which read the cache once each, at the same time
+    and so mostly from L2. Tiles of 64 rows would need wgmma, with the hazards it has in Triton.
+    """
+    slots = min(64, 8192 // (BK + BV))
+    if dtype == torch.float32:  # without tensor cores: a thread holds its operands' columns
+        return Config(BT=16, BS=slots, BC=min(64, BK), warps=8, stages=2)
+    wide = rows > 16 and max(BK, BV) <= 128
+    return Config(BT=32 if wide else 16, BS=slots, BC=BK, warps=4, stages=3)
 
 
 @functools.lru_cache(maxsize=256)
@@ -175,10 +197,8 @@ def _strided_cache(x: Tensor) -> Strided:
 @triton.jit
 def _attend_parts(
     q,  # [B, Q, Hkv * G, K]
-    k,  # [B, Q, Hkv, K]
-    v,  # [B, Q, Hkv, V]
-    k_cache,  # [B, slots, 1, K]
-    v_cache,  # [B, slots, 1, V]
+    new,  # Pair of [B, Q, Hkv, K] and [B, Q, Hkv, V]
+    cache,  # Pair of [B, slots, 1, K] and [B, slots, 1, V]
     lengths,  # [B]
     items,  # see Plan
     parts,  # see Parts
@@ -192,6 +212,7 @@ def _attend_parts(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BS: tl.constexpr,
+    BC: tl.constexpr,
 ):
     """The softmax of one block of query rows over one part of a head's slots.
 
@@ -214,10 +235,9 @@ def _attend_parts(
 
     rows = i_t * BT + tl.arange(0, BT)
     query = rows // G
-    cols = tl.arange(0, BK)
+    live = rows < G * Q
     p_q = locate(q, i_b, head * G, 0) + query * q.time + (rows % G) * q.head
-    mask_q = (rows < G * Q)[:, None] & (cols < K)[None, :]
-    b_q = tl.load(p_q[:, None] + cols[None, :] * q.dim, mask=mask_q, other=0.0)  # [BT, BK]
+    b_q = _load_columns(p_q, q, live, 0, K, BC)  # [BT, BC]
 
     acc = tl.zeros([BT, BV], dtype=tl.float32)
     row_max = tl.full([BT], -float("inf"), dtype=tl.float32)
@@ -236,18 +256,19 @@ def _attend_parts(
         # What no query sees is not even loaded: a weight of 0 does not stop a NaN.
         seen = (start + tile < last) & (age + 1 < capacity)
         visible = seen[None, :] & (age[None, :] + 1 + query[:, None] < capacity)
-        b_k = load_rows(locate(k_cache, i_b, 0, offset + start), k_cache, tile, seen, K, BK)
-        b_v = load_rows(locate(v_cache, i_b, 0, offset + start), v_cache, tile, seen, V, BV)
-        acc, row_max, total = _add_keys(b_q, b_k, b_v, visible, scale, acc, row_max, total)
+        p_k = locate(cache.k, i_b, 0, offset + start) + tile * cache.k.time
+        b_s = _products(b_q, p_q, q, live, p_k, cache.k, seen, K, BK, BC)
+        b_v = load_rows(locate(cache.v, i_b, 0, offset + start), cache.v, tile, seen, V, BV)
+        acc, row_max, total = _add_keys(b_s, b_v, visible, scale, acc, row_max, total)
     if part == num_parts - 1:  # this one gets the fewest cached keys
-        new = tl.arange(0, _NEW_KEYS)
-        distance = query[:, None] - new[None, :]
-        visible = (distance >= 0) & (distance < capacity) & (new < Q)[None, :]
-        b_k = load_rows(locate(k, i_b, head, 0), k, new, new < Q, K, BK)
-        b_v = load_rows(locate(v, i_b, head, 0), v, new, new < Q, V, BV)
-        acc, row_max, total = _add_keys(b_q, b_k, b_v, visible, scale, acc, row_max, total)
+        step = tl.arange(0, _NEW_KEYS)
+        distance = query[:, None] - step[None, :]
+        visible = (distance >= 0) & (distance < capacity) & (step < Q)[None, :]
+        p_k = locate(new.k, i_b, head, 0) + step * new.k.time
+        b_s = _products(b_q, p_q, q, live, p_k, new.k, step < Q, K, BK, BC)
+        b_v = load_rows(locate(new.v, i_b, head, 0), new.v, step, step < Q, V, BV)
+        acc, row_max, total = _add_keys(b_s, b_v, visible, scale, acc, row_max, total)
 
-    live = rows < G * Q
     index = (tl.cast(i_w, tl.int64) * batch + i_b) * (G * Q) + rows
     tl.store(parts.row_max + index, row_max, mask=live)
     tl.store(parts.total + index, total, mask=live)
@@ -257,9 +278,32 @@ def _attend_parts(
 
 
 @triton.jit
-def _add_keys(b_q, b_k, b_v, visible, scale, acc, row_max, total):
-    """One step of the online softmax: keys ``[BS, BK]`` and values ``[BS, BV]``."""
-    s = tl.where(visible, dot(b_q, tl.trans(b_k)) * scale, -float("inf"))
+def _products(
+    b_q, p_q, q, live, p_k, k, seen, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr
+):
+    """``q k^T`` of query rows and keys at these addresses, ``[BT, BS]``.
+
+    BC columns at a time, of which ``b_q`` holds the first.
+    """
+    b_s = dot(b_q, tl.trans(_load_columns(p_k, k, seen, 0, K, BC)))
+    for first in tl.static_range(BC, BK, BC):
+        b_k = _load_columns(p_k, k, seen, first, K, BC)
+        b_s = dot(_load_columns(p_q, q, live, first, K, BC), tl.trans(b_k), b_s)
+    return b_s
+
+
+@triton.jit
+def _load_columns(p_x, x, live, first, D: tl.constexpr, BC: tl.constexpr):
+    """Columns ``first`` to ``first + BC`` of the rows at addresses ``p_x``."""
+    cols = first + tl.arange(0, BC)
+    mask = live[:, None] & (cols < D)[None, :]
+    return tl.load(p_x[:, None] + cols[None, :] * x.dim, mask=mask, other=0.0)
+
+
+@triton.jit
+def _add_keys(b_s, b_v, visible, scale, acc, row_max, total):
+    """One step of the online softmax: products ``[BT, BS]`` and values ``[BS, BV]``."""
+    s = tl.where(visible, b_s * scale, -float("inf"))
     new_max = tl.maximum(row_max, tl.max(s, 1))
     origin = tl.where(new_max == -float("inf"), 0.0, new_max)  # -inf - -inf is NaN
     p = tl.exp2((s - origin[:, None]) * LOG2_E)
@@ -274,10 +318,8 @@ def _add_parts(
     parts,  # see Parts
     results,  # see Results
     gate,  # logits [B, Q, H, V], or [B, Q, H, 1] with a stride of 0, or None
-    k,  # [B, Q, Hkv, K]
-    v,  # [B, Q, Hkv, V]
-    k_cache,  # [B, slots, 1, K]
-    v_cache,  # [B, slots, 1, V]
+    new,  # Pair of [B, Q, Hkv, K] and [B, Q, Hkv, V]
+    cache,  # Pair of [B, slots, 1, K] and [B, slots, 1, V]
     lengths,  # [B]
     heads,  # see Plan
     batch,
@@ -337,8 +379,8 @@ def _add_parts(
     capacity = tl.load(heads + 4 * (i_h // G) + 3)
     if (i_h % G == 0) & (i_q + capacity >= Q):  # a later key of the step takes the slot otherwise
         slot = offset + (length + i_q) % capacity
-        _copy_row(k, k_cache, i_b, i_h // G, i_q, slot, K, BK)
-        _copy_row(v, v_cache, i_b, i_h // G, i_q, slot, V, BV)
+        _copy_row(new.k, cache.k, i_b, i_h // G, i_q, slot, K, BK)
+        _copy_row(new.v, cache.v, i_b, i_h // G, i_q, slot, V, BV)
 
 
 @triton.jit
