@@ -24,12 +24,12 @@ class Strided(NamedTuple):
     batch: int
     time: int
     head: int
-    dim: int
+    dim: int | None  # None for a tensor [B, T, H]
 
 
 def strided(x: Any) -> Strided:
-    """Bundles a tensor with its strides; without the last axis, ``[B, T, H]``, that one is 0."""
-    return Strided(x, *x.stride(), *(0,) * (4 - x.dim()))
+    """Bundles a tensor ``[B, T, H, D]`` or ``[B, T, H]`` with its strides."""
+    return Strided(x, *x.stride(), *(None,) * (4 - x.dim()))
 
 
 def odd(size: int) -> int:
@@ -75,7 +75,17 @@ def store_rows(p_x, x, rows, live, b_x, D: tl.constexpr, BD: tl.constexpr):
     cols = tl.arange(0, BD)
     p_tile = p_x + rows[:, None] * x.time + cols[None, :] * x.dim
     mask = live[:, None] & (cols[None, :] < D)
-    tl.store(p_tile, b_x.to(x.ptr.dtype.element_ty), mask=mask)
+    tl.store(p_tile, cast(b_x, x.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """``x`` rounded to the nearest number of ``dtype``, in the interpreter too."""
+    if INTERPRETED and x.dtype == tl.float32 and dtype == tl.bfloat16:  # it cuts bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from attnvariants.kernels._gate import activate
 from attnvariants.kernels._launch import launch, tile_dim
-from attnvariants.kernels._tiles import LOG2_E, Strided, dot, load_rows, locate, odd, strided
+from attnvariants.kernels._tiles import LOG2_E, Strided, cast, dot, load_rows, locate, odd, strided
+from torch import Tensor
 
 _NEW_KEYS = tl.constexpr(16)  # rows of the tile that holds the 1 to 8 keys of the step
 _PARTS = tl.constexpr(16)  # parts of a softmax that are added up at a time
@@ -278,9 +277,7 @@ def _attend_parts(
 
 
 @triton.jit
-def _products(
-    b_q, p_q, q, live, p_k, k, seen, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr
-):
+def _products(b_q, p_q, q, live, p_k, k, seen, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr):
     """``q k^T`` of query rows and keys at these addresses, ``[BT, BS]``.
 
     BC columns at a time, of which ``b_q`` holds the first.
@@ -309,7 +306,7 @@ def _add_keys(b_s, b_v, visible, scale, acc, row_max, total):
     p = tl.exp2((s - origin[:, None]) * LOG2_E)
     rescale = tl.exp2((row_max - origin) * LOG2_E)
     total = total * rescale + tl.sum(p, 1)
-    acc = dot(p.to(b_v.dtype), b_v, acc * rescale[:, None])
+    acc = dot(cast(p, b_v.dtype), b_v, acc * rescale[:, None])
     return acc, new_max, total
 
 
@@ -317,7 +314,7 @@ def _add_keys(b_s, b_v, visible, scale, acc, row_max, total):
 def _add_parts(
     parts,  # see Parts
     results,  # see Results
-    gate,  # logits [B, Q, H, V], or [B, Q, H, 1] with a stride of 0, or None
+    gate,  # logits [B, Q, H, V] or [B, Q, H]; None
     new,  # Pair of [B, Q, Hkv, K] and [B, Q, Hkv, V]
     cache,  # Pair of [B, slots, 1, K] and [B, slots, 1, V]
     lengths,  # [B]
@@ -364,11 +361,15 @@ def _add_parts(
         row_max = new_max
     out = acc / total  # a query sees at least its own key
     if gate is not None:
-        p_gate = locate(gate, i_b, i_h, i_q) + cols * gate.dim
-        out *= activate(tl.load(p_gate, mask=cols < V, other=0.0).to(tl.float32), ACTIVATION)
+        p_gate = locate(gate, i_b, i_h, i_q)
+        if gate.dim is None:  # one logit per head
+            b_gate = tl.load(p_gate)
+        else:
+            b_gate = tl.load(p_gate + cols * gate.dim, mask=cols < V, other=0.0)
+        out *= activate(b_gate.to(tl.float32), ACTIVATION)
     row = (tl.cast(i_b, tl.int64) * Q + i_q) * H + i_h
-    out = out.to(results.out.dtype.element_ty)
-    tl.store(results.out + row * V + cols, out, mask=cols < V)
+    b_out = cast(out, results.out.dtype.element_ty)
+    tl.store(results.out + row * V + cols, b_out, mask=cols < V)
     tl.store(results.row_max + row, row_max)
     tl.store(results.lse + row, row_max + tl.log(total))
 

@@ -50,6 +50,23 @@ def test_rings_and_whole_caches_of_several_parts(prompt: int, dtype: torch.dtype
     assert_decodes(tensors, (70, None, 33), prompt, [1, 8, 1, 3], dtype, impl="triton")
 
 
+@pytest.mark.parametrize("prompt", [0, 3, 310])
+def test_more_parts_than_are_added_at_a_time(prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """21 parts; of an empty cache only the last one, which has the new keys, is not empty."""
+    monkeypatch.setattr(softmax_decode, "_processors", lambda _: 64)
+    tensors = draw(1, 330, 1, 1)
+    working = {name: x.float() for name, x in tensors.items()}
+    cache = make_cache(working, None)
+    parts = softmax_decode.share_out((330,), 1, 16, 128, cache.device).items
+    assert len(parts) == 21
+    cache.append(working["k"][:, :prompt], working["v"][:, :prompt])
+    out = attention_decode(**cut(working, prompt, prompt + 2), cache=cache, impl="triton")
+    exact = {name: x.double() for name, x in working.items()}
+    truth, plain = (whole(x, None, prompt, [2])["out"] for x in (exact, working))
+    row = within("out", out, truth, float((plain - truth).abs().max()), F32)
+    assert row.ok, row
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, F32])
 @pytest.mark.parametrize(("heads", "kv_heads", "steps"), [(8, 1, [3, 8]), (3, 1, [1, 7])])
 def test_more_rows_than_a_tile(

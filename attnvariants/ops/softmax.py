@@ -15,7 +15,7 @@ from attnvariants.ops._library import call_reference, once_differentiable, regis
 
 GATE_ACTIVATIONS = ("sigmoid", "ns_sigmoid", "softplus")
 
-_ENGINES = {"eager": "attnvariants.eager.softmax"}
+_ENGINES = {"eager": "attnvariants.eager.softmax", "triton": "attnvariants.kernels.softmax"}
 
 
 def attend(
@@ -142,11 +142,12 @@ def _forward_shapes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, heads, _ = q.shape
     wide = _checks.state_dtype(q.dtype)
-    return (
-        q.new_empty(batch, length, heads, v.shape[-1]),
-        q.new_empty(batch, length, heads, dtype=wide),
-        q.new_empty(heads if stats else 0, dtype=wide),
-    )
+    if impl == "eager":
+        lse = q.new_empty(batch, length, heads, dtype=wide)
+    else:  # kernels write tiles of queries, and return a view
+        lse = q.new_empty(batch, heads, length, dtype=wide).transpose(1, 2)
+    out = q.new_empty(batch, length, heads, v.shape[-1])
+    return out, lse, q.new_empty(heads if stats else 0, dtype=wide)
 
 
 def _backward_shapes(

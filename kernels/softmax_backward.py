@@ -1,0 +1,296 @@
+"""Softmax attention with windows and an output gate, backward, in three kernels.
+
+The first reads what depends on single rows: the gated output, its gradient and the gate. The others
+compute the probabilities again, once by queries for dq and once by keys for dk and dv; so every
+gradient has one owner, which adds up in a fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from attnvariants.kernels._gate import activate, log_derivative
+from attnvariants.kernels._schedule import find_rows, masked_tile, pick_tile, visible_tiles
+from attnvariants.kernels._tiles import LOG2_E, cast, dot, load_rows, locate, store_rows
+
+
+@triton.jit
+def softmax_backward_rows_kernel(
+    dout,  # Strided [B, T, H, V]
+    dlse,  # Strided [B, T, H]; None
+    gate,  # Strided [B, T, H, V] or [B, T, H], logits; None
+    out,  # Strided [B, T, H, V], gated
+    dpre,  # Strided [B, T, H, V], gradient before the gate, rounded; None without a gate
+    dgate,  # Strided like gate; None
+    delta,  # [B, H, T]
+    length,
+    heads,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """``dO = dY act(L)``, ``dL = dY Y (log act)'(L)`` and ``D = sum(dO O) - dlse`` per row.
+
+    D is taken from the rounded dO that the other kernels multiply with, so that the rows of dS
+    cancel as far as they can: ``O = Y / act(L)``.
+    """
+    length = length >> 1
+    heads = heads >> 1
+    tiles = tl.cdiv(length, BT)
+    i_bh = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * BT
+    i_b = i_bh // heads
+    i_h = i_bh % heads
+    rows = tl.arange(0, BT)
+    live = first + rows < length
+    b_dy = load_rows(locate(dout, i_b, i_h, first), dout, rows, live, V, BV).to(tl.float32)
+    b_y = load_rows(locate(out, i_b, i_h, first), out, rows, live, V, BV).to(tl.float32)
+    b_product = b_dy * b_y  # [BT, BV]
+    if gate is None:
+        b_delta = tl.sum(b_product, 1)
+    else:
+        p_gate = locate(gate, i_b, i_h, first)
+        if gate.dim is None:  # one logit per head
+            b_gate = tl.load(p_gate + rows * gate.time, mask=live, other=0.0).to(tl.float32)
+            b_dgate = tl.sum(b_product, 1) * log_derivative(b_gate, ACTIVATION)
+            p_dgate = locate(dgate, i_b, i_h, first) + rows * dgate.time
+            tl.store(p_dgate, cast(b_dgate, dgate.ptr.dtype.element_ty), mask=live)
+            b_gate = b_gate[:, None]
+        else:
+            b_gate = load_rows(p_gate, gate, rows, live, V, BV).to(tl.float32)
+            b_dgate = b_product * log_derivative(b_gate, ACTIVATION)
+            store_rows(locate(dgate, i_b, i_h, first), dgate, rows, live, b_dgate, V, BV)
+        b_act = activate(b_gate, ACTIVATION)
+        b_do = cast(b_dy * b_act, dpre.ptr.dtype.element_ty)  # [BT, BV]
+        store_rows(locate(dpre, i_b, i_h, first), dpre, rows, live, b_do, V, BV)
+        open_gate = b_act > 0
+        b_o = tl.where(open_gate, b_y / tl.where(open_gate, b_act, 1.0), 0.0)
+        b_delta = tl.sum(b_do.to(tl.float32) * b_o, 1)
+    if dlse is not None:
+        p_dlse = locate(dlse, i_b, i_h, first) + rows * dlse.time
+        b_delta -= tl.load(p_dlse, mask=live, other=0.0)
+    p_delta = delta + tl.cast(i_bh, tl.int64) * length + first + rows
+    tl.store(p_delta, b_delta, mask=live)
+
+
+@triton.jit
+def softmax_backward_dq_kernel(
+    q,  # Strided [B, T, H, K]
+    k,  # Strided [B, S, Hkv, K]
+    v,  # Strided [B, S, Hkv, V]
+    do,  # Strided [B, T, H, V], gradient before the gate
+    lse,  # [B, H, T]; None for relu
+    delta,  # [B, H, T]; None for relu
+    dq,  # Strided [B, T, H, K]
+    bands,  # [Hkv, 3], see _schedule
+    cu_seqlens,  # [N + 1]; None
+    sizes,  # Sizes
+    scale,
+    dims: tl.constexpr,  # Dims
+    config: tl.constexpr,  # Config
+    RELU: tl.constexpr,
+):
+    """dq of ``BT`` queries of one head, over the tiles of ``BS`` keys that they see."""
+    K: tl.constexpr = dims.K
+    V: tl.constexpr = dims.V
+    BK: tl.constexpr = dims.BK
+    BV: tl.constexpr = dims.BV
+    GROUP: tl.constexpr = dims.GROUP
+    BT: tl.constexpr = config.BT
+    BS: tl.constexpr = config.BS
+    i_tile, i_b, i_rank, i_g = pick_tile(sizes, GROUP, LAST_FIRST=True)
+    i_kv = tl.load(bands + 3 * i_rank)
+    left = tl.load(bands + 3 * i_rank + 1)
+    right = tl.load(bands + 3 * i_rank + 2)
+    i_h = i_kv * GROUP + i_g
+    start, queries, first = find_rows(i_tile, sizes.queries >> 1, cu_seqlens, sizes, BT)
+    keys = queries
+    if cu_seqlens is None and sizes.block is None:
+        keys = sizes.keys >> 1
+
+    rows = tl.arange(0, BT)
+    cols = tl.arange(0, BS)
+    live = first + rows < queries
+    b_q = load_rows(locate(q, i_b, i_h, start + first), q, rows, live, K, BK)
+    b_do = load_rows(locate(do, i_b, i_h, start + first), do, rows, live, V, BV)
+    heads = (sizes.kv_heads >> 1) * GROUP
+    offset = tl.cast(i_b * heads + i_h, tl.int64) * (sizes.queries >> 1) + start + first
+    b_lse = load_statistic(lse, offset, rows, live) * LOG2_E
+    b_delta = load_statistic(delta, offset, rows, live)
+    p_k = locate(k, i_b, i_kv, start)
+    p_v = locate(v, i_b, i_kv, start)
+
+    position = first + keys - queries
+    last = tl.minimum(first + BT, queries) - 1 + keys - queries
+    begin, free, edge, end = visible_tiles(
+        position - left + 1,
+        tl.minimum(last + right + 1, keys),
+        last - left + 1,
+        tl.minimum(position + right + 1, keys),
+        BS,
+    )
+    low = position + rows - left + 1  # a row sees the keys [low, high)
+    high = tl.minimum(position + rows + right + 1, keys)
+    if first >= queries:
+        end = begin
+        free = begin
+        edge = begin
+    factor = scale if RELU else scale * LOG2_E
+    b_dq = tl.zeros([BT, BK], tl.float32)
+    for n in tl.range(0, free - begin + end - edge):
+        i_s = masked_tile(n, begin, free, edge) * BS
+        exists = i_s + cols < keys
+        visible = (i_s + cols[None, :] >= low[:, None]) & (i_s + cols[None, :] < high[:, None])
+        b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, exists, K, BK)
+        b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, exists, V, BV)
+        b_p = probabilities(dot(b_q, tl.trans(b_k)), factor, b_lse[:, None], visible, RELU)
+        b_ds = logit_gradients(b_p, dot(b_do, tl.trans(b_v)), b_delta[:, None], RELU)
+        b_dq = dot(cast(b_ds, b_k.dtype), b_k, b_dq)
+    for i_tile_s in tl.range(free, edge):
+        i_s = i_tile_s * BS
+        b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, None, K, BK)
+        b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, None, V, BV)
+        b_p = probabilities(dot(b_q, tl.trans(b_k)), factor, b_lse[:, None], None, RELU)
+        b_ds = logit_gradients(b_p, dot(b_do, tl.trans(b_v)), b_delta[:, None], RELU)
+        b_dq = dot(cast(b_ds, b_k.dtype), b_k, b_dq)
+    b_dq = b_dq * scale
+    store_rows(locate(dq, i_b, i_h, start + first), dq, rows, live, b_dq, K, BK)
+
+
+@triton.jit
+def softmax_backward_dkdv_kernel(
+    q,  # Strided [B, T, H, K]
+    k,  # Strided [B, S, Hkv, K]
+    v,  # Strided [B, S, Hkv, V]
+    do,  # Strided [B, T, H, V], gradient before the gate
+    lse,  # [B, H, T]; None for relu
+    delta,  # [B, H, T]; None for relu
+    dk,  # Strided [B, S, Hkv, K]
+    dv,  # Strided [B, S, Hkv, V]
+    bands,  # [Hkv, 3], see _schedule
+    cu_seqlens,  # [N + 1]; None
+    sizes,  # Sizes
+    scale,
+    dims: tl.constexpr,  # Dims
+    config: tl.constexpr,  # Config
+    RELU: tl.constexpr,
+):
+    """dk and dv of ``BS`` keys of one KV head, over its query heads and the queries that see them.
+
+    Scores are computed transposed, ``[BS, BT]``: Triton before 3.7.1 miscompiles products with a
+    transposed accumulator on Hopper.
+    """
+    K: tl.constexpr = dims.K
+    V: tl.constexpr = dims.V
+    BK: tl.constexpr = dims.BK
+    BV: tl.constexpr = dims.BV
+    GROUP: tl.constexpr = dims.GROUP
+    BT: tl.constexpr = config.BT
+    BS: tl.constexpr = config.BS
+    i_tile, i_b, i_rank, _ = pick_tile(sizes, 1, LAST_FIRST=False)
+    i_kv = tl.load(bands + 3 * i_rank)
+    left = tl.load(bands + 3 * i_rank + 1)
+    right = tl.load(bands + 3 * i_rank + 2)
+    start, keys, first = find_rows(i_tile, sizes.keys >> 1, cu_seqlens, sizes, BS)
+    queries = keys
+    if cu_seqlens is None and sizes.block is None:
+        queries = sizes.queries >> 1
+
+    cols = tl.arange(0, BS)
+    rows = tl.arange(0, BT)
+    exists = first + cols < keys
+    b_k = load_rows(locate(k, i_b, i_kv, start + first), k, cols, exists, K, BK)
+    b_v = load_rows(locate(v, i_b, i_kv, start + first), v, cols, exists, V, BV)
+
+    # Query i stands at position i + shift and sees the keys that are less than left before it.
+    shift = keys - queries
+    last = tl.minimum(first + BS, keys) - 1
+    begin, free, edge, end = visible_tiles(
+        first - right - shift,
+        tl.minimum(last + left - shift, queries),
+        last - right - shift,
+        tl.minimum(first + left - shift, queries),
+        BT,
+    )
+    low = first + cols - right - shift  # a key is seen by the queries [low, high)
+    high = first + cols + left - shift
+    if first >= keys:
+        end = begin
+        free = begin
+        edge = begin
+    factor = scale if RELU else scale * LOG2_E
+    heads = (sizes.kv_heads >> 1) * GROUP
+    b_dk = tl.zeros([BS, BK], tl.float32)
+    b_dv = tl.zeros([BS, BV], tl.float32)
+    # One loop over the query heads of the group and their tiles: what a nested loop keeps between
+    # its iterations would not fit into registers.
+    edges = free - begin + end - edge
+    for n in tl.range(0, GROUP * edges):
+        i_h = i_kv * GROUP + n // edges
+        i_t = masked_tile(n % edges, begin, free, edge) * BT
+        live = i_t + rows < queries
+        visible = (i_t + rows[None, :] >= low[:, None]) & (i_t + rows[None, :] < high[:, None])
+        b_q = load_rows(locate(q, i_b, i_h, start + i_t), q, rows, live, K, BK)
+        b_do = load_rows(locate(do, i_b, i_h, start + i_t), do, rows, live, V, BV)
+        offset = tl.cast(i_b * heads + i_h, tl.int64) * (sizes.queries >> 1) + start + i_t
+        b_s = dot(b_k, tl.trans(b_q))  # [BS, BT]
+        b_lse = load_statistic(lse, offset, rows, live) * LOG2_E
+        b_p = probabilities(b_s, factor, b_lse[None, :], visible, RELU)
+        b_dv = dot(cast(b_p, b_do.dtype), b_do, b_dv)
+        b_dp = dot(b_v, tl.trans(b_do))  # [BS, BT]
+        b_delta = load_statistic(delta, offset, rows, live)
+        b_ds = logit_gradients(b_p, b_dp, b_delta[None, :], RELU)
+        b_dk = dot(cast(b_ds, b_q.dtype), b_q, b_dk)
+    inner = edge - free
+    for n in tl.range(0, GROUP * inner):
+        i_h = i_kv * GROUP + n // inner
+        i_t = (free + n % inner) * BT
+        b_q = load_rows(locate(q, i_b, i_h, start + i_t), q, rows, None, K, BK)
+        b_do = load_rows(locate(do, i_b, i_h, start + i_t), do, rows, None, V, BV)
+        offset = tl.cast(i_b * heads + i_h, tl.int64) * (sizes.queries >> 1) + start + i_t
+        b_s = dot(b_k, tl.trans(b_q))  # [BS, BT]
+        b_lse = load_statistic(lse, offset, rows, None) * LOG2_E
+        b_p = probabilities(b_s, factor, b_lse[None, :], None, RELU)
+        b_dv = dot(cast(b_p, b_do.dtype), b_do, b_dv)
+        b_dp = dot(b_v, tl.trans(b_do))  # [BS, BT]
+        b_delta = load_statistic(delta, offset, rows, None)
+        b_ds = logit_gradients(b_p, b_dp, b_delta[None, :], RELU)
+        b_dk = dot(cast(b_ds, b_q.dtype), b_q, b_dk)
+    b_dk = b_dk * scale
+    store_rows(locate(dk, i_b, i_kv, start + first), dk, cols, exists, b_dk, K, BK)
+    store_rows(locate(dv, i_b, i_kv, start + first), dv, cols, exists, b_dv, V, BV)
+
+
+@triton.jit
+def load_statistic(x, offset, rows, live):
+    """One number per row; zeros where there are none. ``live`` as in ``load_rows``."""
+    if x is None:
+        b_x = tl.zeros_like(rows).to(tl.float32)
+    elif live is None:
+        b_x = tl.load(x + offset + rows)
+    else:
+        b_x = tl.load(x + offset + rows, mask=live, other=0.0)
+    return b_x
+
+
+@triton.jit
+def probabilities(b_s, factor, b_lse, visible, RELU: tl.constexpr):
+    """The probabilities of a tile from its products; ``visible`` is a mask or ``None`` for all."""
+    if RELU:
+        b_p = tl.maximum(b_s * factor, 0.0)
+    else:
+        b_p = tl.exp2(b_s * factor - b_lse)
+    if visible is not None:
+        b_p = tl.where(visible, b_p, 0.0)
+    return b_p
+
+
+@triton.jit
+def logit_gradients(b_p, b_dp, b_delta, RELU: tl.constexpr):
+    """dS from dP, without the scale."""
+    if RELU:
+        b_ds = tl.where(b_p > 0, b_dp, 0.0)
+    else:
+        b_ds = b_p * (b_dp - b_delta)
+    return b_ds
