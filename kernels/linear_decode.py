@@ -19,8 +19,8 @@ from attnvariants.kernels._launch import launch, tile_dim
 from attnvariants.kernels._tiles import LOG2_E, Strided, cast, locate, odd, strided
 from torch import Tensor
 
-_ENTRIES = 8192  # of the state in a program of 4 warps: 64 registers a thread, 32 KB in flight
-_HEAD_ENTRIES = 16384  # the same with 8 warps, where that holds a whole head to be normalised
+_ENTRIES = 4096  # of the state in a program: 32 registers a thread, several programs on an SM
+_HEAD_ENTRIES = 16384  # the same where that holds a whole head to be normalised
 _MIN_COLUMNS = 32  # 128 bytes of a row of the state
 
 
@@ -102,10 +102,10 @@ def configure(parallel: int, BK: int, BV: int, norm: str | None, processors: int
     if norm == "head" and BK * BV <= _HEAD_ENTRIES:
         columns = BV
     else:
-        columns = min(BV, _ENTRIES // BK)
+        columns = min(BV, max(_MIN_COLUMNS, _ENTRIES // BK))
         while columns > _MIN_COLUMNS and parallel * (BV // columns) < processors:
             columns //= 2
-    return Config(BV=columns, warps=min(8, max(1, BK * columns // 2048)))
+    return Config(BV=columns, warps=max(1, BK * columns // 1024))
 
 
 def _processors(device: torch.device) -> int:

@@ -19,7 +19,7 @@ from attnvariants.reference.gated_linear_attention import gated_linear_attention
 from attnvariants.reference.linear_attention_decode import linear_attention_decode as definition
 from attnvariants.reference.norm_linear_attention import norm_linear_attention
 
-IMPLEMENTATIONS = ("eager", "reference")
+IMPLEMENTATIONS = ("eager", "reference", "triton")
 F32 = torch.float32
 PER_TOKEN = ("q", "k", "v", "gate")  # and g where it has a time axis
 
@@ -120,6 +120,8 @@ def test_decays(kind: str, steps: list[int], impl: str) -> None:
 def test_precisions_and_epilogue(
     norm: str, weight: tuple[int, ...], dtype: torch.dtype, impl: str
 ) -> None:
+    if impl == "triton" and dtype == torch.float64:
+        pytest.skip("kernels take no float64")
     tensors = draw(2, 20, key_dim=24, value_dim=40) | {"g": log_decay((2, 20, 3, 24))}
     tensors["gate"] = torch.randn(2, 20, 3, 40, dtype=torch.float64)
     tensors["norm_weight"] = torch.randn(weight, dtype=torch.float64)
@@ -212,13 +214,14 @@ def test_state_that_requires_grad_is_updated_without_history() -> None:
         assert state.grad_fn is None
 
 
-def test_strided_inputs() -> None:
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_strided_inputs(impl: str) -> None:
     tensors = {name: x.float() for name, x in draw(2, 4).items()}
     tensors["gate"] = torch.randn(2, 4, 3, 1).expand(2, 4, 3, 7)
     strided = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors.items()}
     strided["gate"] = tensors["gate"]
-    plain = decode(tensors, [1, 3], norm="model")
-    other = decode(strided, [1, 3], norm="model")
+    plain = decode(tensors, [1, 3], norm="model", impl=impl)
+    other = decode(strided, [1, 3], norm="model", impl=impl)
     assert all(torch.equal(plain[name], other[name]) for name in plain)
 
 
@@ -233,17 +236,19 @@ def test_autocast_keeps_decay_and_state() -> None:
     assert torch.equal(*states)
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("full", [True, False])
-def test_opcheck(full: bool) -> None:
+def test_opcheck(full: bool, impl: str) -> None:
     tensors = {name: x.float() for name, x in draw(2, 2).items()}
     args: tuple[Any, ...] = (*tensors.values(), log_decay((3,)).float() if full else None)
     args += (torch.randn(2, 3, 5, 7), torch.ones(2, dtype=torch.int32) if full else None)
     args += (torch.randn(3, 7), torch.randn(2, 2, 3)) if full else (None, None)
-    args += ("elu+1" if full else None, 0.5, "model" if full else None, 1e-6, "silu", "eager")
+    args += ("elu+1" if full else None, 0.5, "model" if full else None, 1e-6, "silu", impl)
     torch.library.opcheck(torch.ops.attnvariants.linear_attention_decode.default, args)
 
 
-def test_compiles_without_recompiling() -> None:
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_compiles_without_recompiling(impl: str) -> None:
     tensors = {name: x.float() for name, x in draw(2, 8).items()} | {"g": log_decay((3,)).float()}
     plain, compiled = RecurrentState(2, 3, 5, 7), RecurrentState(2, 3, 5, 7)
     torch._dynamo.reset()
@@ -251,8 +256,9 @@ def test_compiles_without_recompiling() -> None:
     for t in range(8):
         new = {n: x.contiguous() for n, x in cut(tensors, t, t + 1).items()}
         with torch._dynamo.config.patch(error_on_recompile=True):
-            out = step(**new, state=compiled, norm="model")
-        assert torch.equal(out, linear_attention_decode(**new, state=plain, norm="model"))
+            out = step(**new, state=compiled, norm="model", impl=impl)
+        expected = linear_attention_decode(**new, state=plain, norm="model", impl=impl)
+        assert torch.equal(out, expected)
         assert torch.equal(compiled.state, plain.state)
         assert torch.equal(compiled.lengths, plain.lengths)
 
