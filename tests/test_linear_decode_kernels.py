@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_linear_attention_decode import F32, assert_decodes, draw, log_decay
+from linear_decode_checks import F32, assert_decodes, draw, log_decay
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,14 +50,13 @@ def test_heads_in_several_programs(norm: str | None, gate: str | None, dtype: to
     assert_decodes(tensors, [1, 1, 4], dtype, impl="triton", norm=norm, eps=1e-2)
 
 
+# The interpreter adds 256 channels up one after another, as float32 elsewhere does not.
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(
     ("key_dim", "value_dim", "dtype"),
     [(256, 256, torch.float16), (1, 1, F32), (65, 130, F32), (16, 256, F32)],
 )
 def test_head_dims(key_dim: int, value_dim: int, dtype: torch.dtype, norm: str | None) -> None:
-    """256 channels in half precision: the interpreter adds them up one after another, as float32
-    of plain PyTorch and devices do not."""
     tensors = epilogue(draw(1, 9, 2, key_dim=key_dim, value_dim=value_dim))
     tensors["g"] = log_decay((2,))
     options = {"norm": norm, "eps": 1e-2, "feature_map": "elu+1", "gate_activation": "sigmoid"}
@@ -100,30 +99,30 @@ def test_long_memory_keeps_the_decay() -> None:
 
 
 @triton.jit
-def _evaluate(p_x, p_decay, p_expm1, SIZE: tl.constexpr):
+def _evaluate(p_x, p_decay, p_elu, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
     x = tl.load(p_x + index)
     tl.store(p_decay + index, linear_decode._decay(x))
-    tl.store(p_expm1 + index, linear_decode._expm1(x))
+    tl.store(p_elu + index, linear_decode._map(x, "elu"))
 
 
 def test_exponentials() -> None:
     x = torch.cat([-torch.logspace(-30, 0, 512), -torch.linspace(0, 87, 512)])
-    decay, expm1 = torch.empty_like(x), torch.empty_like(x)
-    _evaluate[(1,)](x, decay, expm1, x.numel())
+    decay, elu = torch.empty_like(x), torch.empty_like(x)
+    _evaluate[(1,)](x, decay, elu, x.numel())
     eps = torch.finfo(F32).eps
     assert ((decay - x.double().exp()) / x.double().exp()).abs().max() < 0.75 * eps
     exact = x.double().expm1()
-    assert ((expm1 - exact) / exact)[exact != 0].abs().max() < 2 * eps
-    assert not expm1[exact == 0].any()
+    assert ((elu - exact) / exact)[exact != 0].abs().max() < 2 * eps
+    assert not elu[exact == 0].any()
 
 
 def test_limits_of_the_decay() -> None:
     x = torch.tensor([-torch.inf, -1e30, -87.5, 0.0])
-    decay, expm1 = torch.empty_like(x), torch.empty_like(x)
-    _evaluate[(1,)](x, decay, expm1, x.numel())
+    decay, elu = torch.empty_like(x), torch.empty_like(x)
+    _evaluate[(1,)](x, decay, elu, x.numel())
     assert decay.tolist() == [0.0, 0.0, 0.0, 1.0]
-    assert expm1.tolist() == [-1.0, -1.0, -1.0, 0.0]
+    assert elu.tolist() == [-1.0, -1.0, -1.0, 0.0]
 
 
 @pytest.mark.usefixtures("_cut_heads")
