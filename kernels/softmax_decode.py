@@ -131,12 +131,12 @@ def attend(
 
 
 def configure(rows: int, BK: int, BV: int, dtype: torch.dtype) -> Config:
-    """Tiles of 16 KB in half precision, so that several programs with two of them fit an SM.
+    """Tiles of up to 16 KB in half precision, so that several programs with two of them fit an SM.
 
     More rows than a tile has are cut into blocks, which read the cache once each, at the same time
     and so mostly from L2. Tiles of 64 rows would need wgmma, with the hazards it has in Triton.
     """
-    slots = min(64, 8192 // (BK + BV))
+    slots = min(64, 4096 // max(BK, BV))
     if dtype == torch.float32:  # without tensor cores: a thread holds its operands' columns
         return Config(BT=16, BS=slots, BC=min(64, BK), warps=8, stages=2)
     wide = rows > 16 and max(BK, BV) <= 128

@@ -278,6 +278,20 @@ def test_parts_follow_the_capacity(
     assert all(longer >= shorter - 16 for longer, shorter in itertools.pairwise(lengths))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, F32])
+def test_tiles_have_sides_that_compile(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes any size; the compiler takes powers of two, and 16 for products."""
+    monkeypatch.undo()
+    sizes = (16, 32, 64, 128, 256)
+    for rows, BK, BV in itertools.product((1, 16, 17, 200), sizes, sizes):
+        config = softmax_decode.configure(rows, BK, BV, dtype)
+        for side in (config.BT, config.BS, config.BC):
+            assert side >= 16
+            assert side & (side - 1) == 0
+        assert BK % config.BC == 0
+        assert config.BS * (BK + BV) <= 8192
+
+
 def test_no_rows() -> None:
     empty = torch.zeros(0, 1, 2, 4)
     lengths = torch.zeros(0, dtype=torch.int32)
