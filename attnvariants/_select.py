@@ -21,7 +21,15 @@ FUNCTIONS = (
 )
 
 # Functions with kernels: filled as kernels/ and csrc/ gain them.
-TRITON_FUNCTIONS = frozenset({"gated_sdpa", "ls_attention", "diag_attention"})
+TRITON_FUNCTIONS = frozenset(
+    {
+        "gated_sdpa",
+        "ls_attention",
+        "diag_attention",
+        "attention_decode",
+        "linear_attention_decode",
+    }
+)
 CUDA_FUNCTIONS: frozenset[str] = frozenset()
 
 
