@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from attnvariants.kernels._tiles import odd
 from torch import Tensor
 
 UNLIMITED = -1  # a window of all keys, as operators take it
-_FAR = 2**30  # further than any key
+_FAR = 2**29  # further than any key
 _L2_BYTES = 32 * 2**20  # of keys and values that are read together
 
 
@@ -52,20 +52,52 @@ class Sizes(NamedTuple):
         return self._replace(tiles=odd(tiles), section=odd(section))
 
 
-@functools.lru_cache(maxsize=256)
-def bands(windows: tuple[int, ...], causal: bool, device: torch.device) -> Tensor:
-    """``[Hkv, 3]`` KV head, reach to the left and reach to the right; the widest reach comes first.
+class Band(NamedTuple):
+    """Neighbouring KV heads with one mask, on their way into a kernel; see :func:`odd`.
 
-    Key j is visible to query i where ``-right <= i - j < left``. Kept on the device, so that only
-    the first call with these windows copies anything there.
+    Key j is visible to query i where ``-right <= i - j < left``.
     """
-    reach = [_FAR if window == UNLIMITED else min(window, _FAR) for window in windows]
-    # A head with a window is causal, whatever ``causal`` says.
-    rows = [
-        (head, left, 0 if causal or windows[head] != UNLIMITED else _FAR)
-        for head, left in sorted(enumerate(reach), key=lambda entry: -entry[1])
-    ]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+    head: int  # the first
+    count: int
+    left: int
+    right: int
+
+
+@functools.lru_cache(maxsize=256)
+def bands(windows: tuple[int, ...], causal: bool) -> tuple[Band, ...]:
+    """The bands of all KV heads, in order of their reach, the widest first.
+
+    They go into a kernel as numbers: a table on the device would have to outlive CUDA graphs.
+    """
+    found: list[Band] = []
+    head = 0
+    for window, group in itertools.groupby(windows):
+        count = len(list(group))
+        left = _FAR if window == UNLIMITED else min(window, _FAR)
+        # A head with a window is causal, whatever ``causal`` says.
+        right = 0 if causal or window != UNLIMITED else _FAR
+        found.append(Band(*map(odd, (head, count, left, right))))
+        head += count
+    return tuple(sorted(found, key=lambda band: -band.left))
+
+
+@triton.jit
+def find_band(i_rank, bands):
+    """The KV head of this rank among the ``bands``, and its reach to the left and to the right."""
+    i_kv = 0
+    left = 0
+    right = 0
+    first = 0
+    for n in tl.static_range(len(bands)):
+        band = bands[n]
+        count = band.count >> 1
+        inside = (i_rank >= first) & (i_rank < first + count)
+        i_kv = tl.where(inside, (band.head >> 1) + i_rank - first, i_kv)
+        left = tl.where(inside, band.left >> 1, left)
+        right = tl.where(inside, band.right >> 1, right)
+        first += count
+    return i_kv, left, right
 
 
 @triton.jit
@@ -119,6 +151,9 @@ def find_rows(i_tile, length, cu_seqlens, sizes, ROWS: tl.constexpr):
         start = tl.load(cu_seqlens + n)
         i_tile -= start // unit + n
         end = tl.minimum(tl.load(cu_seqlens + n + 1), length)
+        if (start < 0) | (i_tile < 0):  # no bounds of sequences: touch nothing
+            end = start
+            i_tile = 0
     first = i_tile * unit
     if sizes.block is not None:
         start += first

@@ -40,8 +40,8 @@ def backward(
     call = _call(q, k, v, cu_seqlens, block_size, activation, causal, scale)
     delta = None  # relu has no row sums
     if out is not None:
-        _, delta, _ = backward_rows(dout, None, None, out, None)
-    return call.backward(dout, lse, delta)
+        _, delta, _ = backward_rows(dout, None, out, None)
+    return call.backward(dout, lse, None, delta, gated=False)
 
 
 def _call(

@@ -52,9 +52,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See the operator ``softmax_backward``."""
     call = SoftmaxCall(q, k, v, cu_seqlens, windows, causal, scale)
-    dpre, delta, dgate = backward_rows(dout, dlse, gate, out, activation)
-    gradients = call.backward(dpre, lse, delta, lse_grad=dlse is not None)
-    return *gradients, q.new_empty(0) if dgate is None else dgate
+    dpre, delta, dgate = backward_rows(dout, gate, out, activation)
+    return *call.backward(dpre, lse, dlse, delta, gated=gate is not None), q.new_empty(
+        0
+    ) if dgate is None else dgate
 
 
 class SoftmaxCall:
@@ -77,8 +78,8 @@ class SoftmaxCall:
         self.q, self.k, self.v = q.neg() if scale < 0 else q, k, v
         self.scale, self.relu = abs(scale), relu
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-        self.bands = bands(tuple(windows), causal, q.device)
-        self.mixed = len(set(windows)) > 1
+        self.bands = bands(tuple(windows), causal)
+        self.mixed = len(self.bands) > 1
         self.block = None if block is None else min(block, q.shape[1])
         self.sizes = Sizes.of(q, k, cu_seqlens, self.block)
         self.group = q.shape[2] // k.shape[2]
@@ -113,31 +114,43 @@ class SoftmaxCall:
         return out, lse.transpose(1, 2), max_logit
 
     def backward(
-        self, dpre: Tensor, lse: Tensor | None, delta: Tensor | None, lse_grad: bool = False
+        self,
+        dpre: Tensor,
+        lse: Tensor | None,
+        dlse: Any,
+        delta: Tensor | None,
+        *,
+        gated: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v from that of the output before the gate, contiguous.
 
-        With ``lse_grad`` a gradient of the log-sum-exp is part of ``delta``.
+        ``lse`` and D, ``delta``, are ``None`` for relu; ``delta`` is modified in place.
         """
         dq, dk, dv = (x.new_empty(x.shape) for x in (self.q, self.k, self.v))
-        statistics = (None if lse is None else lse.transpose(1, 2).contiguous(), delta)
+        lse = None if lse is None else lse.transpose(1, 2).contiguous()
         inputs = [strided(x) for x in (self.q, self.k, self.v, dpre)]
+        shared = (self.bands, self.cu_seqlens)
+        dlse = None if dlse is None else strided(dlse[..., None])  # holds no None: Triton 3.6
+        config, sizes, programs = self.plan("softmax_backward_dq", over_keys=False)
+        saturated = (
+            lse.new_empty(programs, dtype=torch.int32) if gated and lse is not None else None
+        )
+        for again in (False, True)[: 1 if saturated is None else 2]:
+            launch(
+                softmax_backward_dq_kernel,
+                programs,
+                *(*inputs, lse, dlse, delta, strided(dq), saturated, *shared),
+                *(sizes, self.scale, self.dims, config, again),
+                like=dq,
+                config=config,
+            )
         config, sizes, programs = self.plan("softmax_backward_dkdv", over_keys=True)
         launch(
             softmax_backward_dkdv_kernel,
             programs,
-            *(*inputs, *statistics, strided(dk), strided(dv), self.bands, self.cu_seqlens),
-            *(sizes, self.scale, self.dims, config, lse_grad),
+            *(*inputs, lse, delta, strided(dk), strided(dv), *shared),
+            *(sizes, self.scale, self.dims, config),
             like=dk,
-            config=config,
-        )
-        config, sizes, programs = self.plan("softmax_backward_dq", over_keys=False)
-        launch(
-            softmax_backward_dq_kernel,
-            programs,
-            *(*inputs, *statistics, strided(dq), self.bands, self.cu_seqlens),
-            *(sizes, self.scale, self.dims, config, lse_grad),
-            like=dq,
             config=config,
         )
         return dq.mul_(self.sign) if self.sign < 0 else dq, dk, dv
@@ -160,7 +173,6 @@ class SoftmaxCall:
 
 def backward_rows(
     dout: Tensor,
-    dlse: Tensor | None,
     gate: Tensor | None,
     out: Tensor,
     activation: str | None,
@@ -176,7 +188,6 @@ def backward_rows(
         softmax_backward_rows_kernel,
         triton.cdiv(length, config.BT) * batch * heads,
         strided(dout),
-        None if dlse is None else strided(dlse[..., None]),  # without None: Triton 3.6
         None if gate is None else strided(gate),
         strided(out),
         None if gate is None else strided(dpre),

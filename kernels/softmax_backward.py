@@ -10,14 +10,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from attnvariants.kernels._gate import activate, log_derivative
-from attnvariants.kernels._schedule import find_rows, masked_tile, pick_tile, visible_tiles
+from attnvariants.kernels._schedule import (
+    find_band,
+    find_rows,
+    masked_tile,
+    pick_tile,
+    visible_tiles,
+)
 from attnvariants.kernels._tiles import LOG2_E, cast, dot, load_rows, locate, power, store_rows
+
+SATURATED = tl.constexpr(0.999)  # a probability that leaves less of dS than the rounding of D
 
 
 @triton.jit
 def softmax_backward_rows_kernel(
     dout,  # Strided [B, T, H, V]
-    dlse,  # Strided [B, T, H]; None
     gate,  # Strided [B, T, H, V] or [B, T, H], logits; None
     out,  # Strided [B, T, H, V], gated
     dpre,  # Strided [B, T, H, V], gradient before the gate, rounded; None without a gate
@@ -30,7 +37,7 @@ def softmax_backward_rows_kernel(
     BT: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """``dO = dY act(L)``, ``dL = dY Y (log act)'(L)`` and ``D = sum(dO O) - dlse`` per row.
+    """``dO = dY act(L)``, ``dL = dY Y (log act)'(L)`` and ``D = sum(dO O)`` per row.
 
     D is taken from the rounded dO that the other kernels multiply with, so that the rows of dS
     cancel as far as they can: ``O = Y / act(L)``.
@@ -70,9 +77,6 @@ def softmax_backward_rows_kernel(
             open_gate = b_act > 0
             b_o = tl.where(open_gate, b_y / tl.where(open_gate, b_act, 1.0), 0.0)
             b_delta = tl.sum(b_do.to(tl.float32) * b_o, 1)
-    if dlse is not None:
-        p_dlse = locate(dlse, i_b, i_h, first) + rows * dlse.time
-        b_delta -= tl.load(p_dlse, mask=live, other=0.0)
     p_delta = delta + tl.cast(i_bh, tl.int64) * length + first + rows
     tl.store(p_delta, b_delta, mask=live)
 
@@ -84,17 +88,25 @@ def softmax_backward_dq_kernel(
     v,  # Strided [B, S, Hkv, V]
     do,  # Strided [B, T, H, V], gradient before the gate
     lse,  # [B, H, T]; None for relu
-    delta,  # [B, H, T]; None for relu
+    dlse,  # Strided [B, T, H]; None
+    delta,  # [B, H, T], D, modified in place; None for relu
     dq,  # Strided [B, T, H, K]
-    bands,  # [Hkv, 3], see _schedule
+    saturated,  # [programs]; None without a gate
+    bands,  # of Band
     cu_seqlens,  # [N + 1]; None
     sizes,  # Sizes
     scale,
     dims: tl.constexpr,  # Dims
     config: tl.constexpr,  # Config
-    LSE_GRAD: tl.constexpr,  # delta holds a gradient of lse
+    AGAIN: tl.constexpr,  # only where saturated
 ):
-    """dq of ``BT`` queries of one head, over the tiles of ``BS`` keys that they see."""
+    """dq of ``BT`` queries of one head, over the tiles of ``BS`` keys that they see.
+
+    Leaves in ``delta`` what is to be subtracted from dP: D less the gradient of lse, and no D where
+    a query sees one key. Behind a gate D comes from a rounded product, and what the rows of dS do
+    not cancel is added to it. Where a probability is so close to 1 that this rest is larger than
+    dS, the program asks to be run again, with the better D.
+    """
     K: tl.constexpr = dims.K
     V: tl.constexpr = dims.V
     BK: tl.constexpr = dims.BK
@@ -105,10 +117,11 @@ def softmax_backward_dq_kernel(
     RELU: tl.constexpr = lse is None
     NATURAL: tl.constexpr = RELU or q.ptr.dtype.element_ty == tl.float32
     base = 1.0 if NATURAL else LOG2_E
+    if AGAIN:
+        if tl.load(saturated + tl.program_id(0)) == 0:
+            return
     i_tile, i_b, i_rank, i_g = pick_tile(sizes, GROUP, LAST_FIRST=True)
-    i_kv = tl.load(bands + 3 * i_rank)
-    left = tl.load(bands + 3 * i_rank + 1)
-    right = tl.load(bands + 3 * i_rank + 2)
+    i_kv, left, right = find_band(i_rank, bands)
     i_h = i_kv * GROUP + i_g
     start, queries, first = find_rows(i_tile, sizes.queries >> 1, cu_seqlens, sizes, BT)
     keys = queries
@@ -123,7 +136,6 @@ def softmax_backward_dq_kernel(
     heads = (sizes.kv_heads >> 1) * GROUP
     offset = tl.cast(i_b * heads + i_h, tl.int64) * (sizes.queries >> 1) + start + first
     b_lse = load_statistic(lse, offset, rows, live) * base
-    b_delta = load_statistic(delta, offset, rows, live)
     p_k = locate(k, i_b, i_kv, start)
     p_v = locate(v, i_b, i_kv, start)
 
@@ -142,28 +154,51 @@ def softmax_backward_dq_kernel(
         end = begin
         free = begin
         edge = begin
-    alone = None if LSE_GRAD else (high - tl.maximum(low, 0) == 1)[:, None]
+    alone = high - tl.maximum(low, 0) == 1
+    b_delta = load_statistic(delta, offset, rows, live)
+    b_dlse = tl.zeros([BT], tl.float32)
+    if not AGAIN:
+        if dlse is not None:
+            p_dlse = locate(dlse, i_b, i_h, start + first) + rows.to(tl.int64) * dlse.time
+            b_dlse = tl.load(p_dlse, mask=live, other=0.0)
+        b_delta = tl.where(alone, 0.0, b_delta) - b_dlse
+    REST: tl.constexpr = saturated is not None and not AGAIN
+    factor = scale if NATURAL else scale * LOG2_E
     b_dq = tl.zeros([BT, BK], tl.float32)
+    b_rest = tl.zeros([BT], tl.float32)  # sums of the rows of dS
+    b_peak = tl.zeros([BT], tl.float32)  # largest probabilities
     for n in tl.range(0, free - begin + end - edge):
         i_s = masked_tile(n, begin, free, edge) * BS
         exists = i_s + cols < keys
         visible = (i_s + cols[None, :] >= low[:, None]) & (i_s + cols[None, :] < high[:, None])
         b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, exists, K, BK)
         b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, exists, V, BV)
-        b_p = probabilities(
-            dot(b_q, tl.trans(b_k)), scale * base, b_lse[:, None], visible, RELU, NATURAL
-        )
-        b_ds = logit_gradients(b_p, dot(b_do, tl.trans(b_v)), b_delta[:, None], alone, RELU)
+        b_s = dot(b_q, tl.trans(b_k))  # [BT, BS]
+        b_p = probabilities(b_s, factor, b_lse[:, None], visible, RELU, NATURAL)
+        b_dp = tl.where(alone[:, None], 0.0, dot(b_do, tl.trans(b_v)))
+        b_ds = logit_gradients(b_p, b_dp, b_delta[:, None], visible, RELU)
+        if REST:
+            b_rest += tl.sum(b_ds, 1)
+            b_peak = tl.maximum(b_peak, tl.max(b_p, 1))
         b_dq = dot(cast(b_ds, b_k.dtype), b_k, b_dq)
     for i_tile_s in tl.range(free, edge):
         i_s = i_tile_s * BS
         b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, None, K, BK)
         b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, None, V, BV)
-        b_p = probabilities(
-            dot(b_q, tl.trans(b_k)), scale * base, b_lse[:, None], None, RELU, NATURAL
-        )
-        b_ds = logit_gradients(b_p, dot(b_do, tl.trans(b_v)), b_delta[:, None], None, RELU)
+        b_s = dot(b_q, tl.trans(b_k))  # [BT, BS]
+        b_p = probabilities(b_s, factor, b_lse[:, None], None, RELU, NATURAL)
+        b_dp = dot(b_do, tl.trans(b_v))
+        b_ds = logit_gradients(b_p, b_dp, b_delta[:, None], None, RELU)
+        if REST:
+            b_rest += tl.sum(b_ds, 1)
+            b_peak = tl.maximum(b_peak, tl.max(b_p, 1))
         b_dq = dot(cast(b_ds, b_k.dtype), b_k, b_dq)
+    if REST:
+        b_delta += tl.where(alone, 0.0, b_rest - b_dlse)
+        peak = tl.max(tl.where(alone, 0.0, b_peak), 0)
+        tl.store(saturated + tl.program_id(0), (peak > SATURATED).to(tl.int32))
+    if not RELU and not AGAIN:
+        tl.store(delta + offset + rows, b_delta, mask=live)
     b_dq = b_dq * scale
     store_rows(locate(dq, i_b, i_h, start + first), dq, rows, live, b_dq, K, BK)
 
@@ -175,16 +210,15 @@ def softmax_backward_dkdv_kernel(
     v,  # Strided [B, S, Hkv, V]
     do,  # Strided [B, T, H, V], gradient before the gate
     lse,  # [B, H, T]; None for relu
-    delta,  # [B, H, T]; None for relu
+    delta,  # [B, H, T], as the kernel of dq leaves it; None for relu
     dk,  # Strided [B, S, Hkv, K]
     dv,  # Strided [B, S, Hkv, V]
-    bands,  # [Hkv, 3], see _schedule
+    bands,  # of Band
     cu_seqlens,  # [N + 1]; None
     sizes,  # Sizes
     scale,
     dims: tl.constexpr,  # Dims
     config: tl.constexpr,  # Config
-    LSE_GRAD: tl.constexpr,  # delta holds a gradient of lse
 ):
     """dk and dv of ``BS`` keys of one KV head, over its query heads and the queries that see them.
 
@@ -202,9 +236,7 @@ def softmax_backward_dkdv_kernel(
     NATURAL: tl.constexpr = RELU or q.ptr.dtype.element_ty == tl.float32
     base = 1.0 if NATURAL else LOG2_E
     i_tile, i_b, i_rank, _ = pick_tile(sizes, 1, LAST_FIRST=False)
-    i_kv = tl.load(bands + 3 * i_rank)
-    left = tl.load(bands + 3 * i_rank + 1)
-    right = tl.load(bands + 3 * i_rank + 2)
+    i_kv, left, right = find_band(i_rank, bands)
     start, keys, first = find_rows(i_tile, sizes.keys >> 1, cu_seqlens, sizes, BS)
     queries = keys
     if cu_seqlens is None and sizes.block is None:
@@ -254,12 +286,10 @@ def softmax_backward_dkdv_kernel(
         b_dv = dot(cast(b_p, b_do.dtype), b_do, b_dv)
         b_dp = dot(b_v, tl.trans(b_do))  # [BS, BT]
         b_delta = load_statistic(delta, offset, rows, live)
-        alone = None
-        if not LSE_GRAD:
-            position = i_t + shift + rows
-            count = tl.minimum(position + right + 1, keys) - tl.maximum(position - left + 1, 0)
-            alone = (count == 1)[None, :]
-        b_ds = logit_gradients(b_p, b_dp, b_delta[None, :], alone, RELU)
+        position = i_t + shift + rows
+        count = tl.minimum(position + right + 1, keys) - tl.maximum(position - left + 1, 0)
+        b_dp = tl.where((count == 1)[None, :], 0.0, b_dp)
+        b_ds = logit_gradients(b_p, b_dp, b_delta[None, :], visible, RELU)
         b_dk = dot(cast(b_ds, b_q.dtype), b_q, b_dk)
     inner = edge - free
     for n in tl.range(0, GROUP * inner):
@@ -297,7 +327,8 @@ def load_statistic(x, offset, rows, live):
 def probabilities(b_s, factor, b_lse, visible, RELU: tl.constexpr, NATURAL: tl.constexpr):
     """The probabilities of a tile from its products; ``visible`` is a mask or ``None`` for all."""
     if RELU:
-        b_p = tl.maximum(b_s * factor, 0.0)
+        b_s = b_s * factor
+        b_p = tl.where(b_s < 0, 0.0, b_s)  # a maximum would drop NaN
     else:
         b_p = power(b_s * factor - b_lse, NATURAL)
     if visible is not None:
@@ -306,16 +337,16 @@ def probabilities(b_s, factor, b_lse, visible, RELU: tl.constexpr, NATURAL: tl.c
 
 
 @triton.jit
-def logit_gradients(b_p, b_dp, b_delta, alone, RELU: tl.constexpr):
-    """dS from dP, without the scale; ``alone`` marks queries that see one key, or is ``None``.
+def logit_gradients(b_p, b_dp, b_delta, visible, RELU: tl.constexpr):
+    """dS from dP, without the scale.
 
-    Nothing moves their probability from 1, but D comes from rounded outputs and would not cancel.
-    They are found in tiles with a mask only.
+    Callers set dP to 0 where a query sees one key, as D is there: nothing moves a probability from
+    1, and rounded numbers would not cancel. Such queries are in tiles with a mask only.
     """
     if RELU:
         b_ds = tl.where(b_p > 0, b_dp, 0.0)
-    elif alone is None:
-        b_ds = b_p * (b_dp - b_delta)
     else:
-        b_ds = tl.where(alone, 0.0, b_p * (b_dp - b_delta))
+        b_ds = b_p * (b_dp - b_delta)
+    if visible is not None:  # a row that sees nothing may have an infinite gradient of lse
+        b_ds = tl.where(visible, b_ds, 0.0)
     return b_ds

@@ -11,7 +11,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from attnvariants.kernels._gate import activate
-from attnvariants.kernels._schedule import find_rows, masked_tile, pick_tile, visible_tiles
+from attnvariants.kernels._schedule import (
+    find_band,
+    find_rows,
+    masked_tile,
+    pick_tile,
+    visible_tiles,
+)
 from attnvariants.kernels._tiles import (
     LN_2,
     LOG2_E,
@@ -55,7 +61,8 @@ def accumulate(
     if WITH_MAX:
         b_new = tl.maximum(b_m, tl.max(b_s, 1) * factor)
     if RELU:
-        b_p = tl.maximum(b_s * factor, 0.0)
+        b_p = b_s * factor
+        b_p = tl.where(b_p < 0, 0.0, b_p)  # a maximum would drop NaN
     else:
         b_base = b_new
         if visible is not None:  # a row may see nothing here or before: -inf - -inf would be NaN
@@ -77,7 +84,7 @@ def softmax_forward_kernel(
     out,  # Strided [B, T, H, V]
     lse,  # [B, H, T]; None for the relu of the logits in place of their softmax
     max_logit,  # [tiles, B, H]; None
-    bands,  # [Hkv, 3], see _schedule
+    bands,  # of Band
     cu_seqlens,  # [N + 1]; None
     sizes,  # Sizes
     scale,
@@ -94,9 +101,7 @@ def softmax_forward_kernel(
     BS: tl.constexpr = config.BS
     RELU: tl.constexpr = lse is None
     i_tile, i_b, i_rank, i_g = pick_tile(sizes, GROUP, LAST_FIRST=True)
-    i_kv = tl.load(bands + 3 * i_rank)
-    left = tl.load(bands + 3 * i_rank + 1)
-    right = tl.load(bands + 3 * i_rank + 2)
+    i_kv, left, right = find_band(i_rank, bands)
     i_h = i_kv * GROUP + i_g
     start, queries, first = find_rows(i_tile, sizes.queries >> 1, cu_seqlens, sizes, BT)
     keys = queries
@@ -163,6 +168,9 @@ def softmax_forward_kernel(
         tl.store(p_lse, b_lse, mask=live)
     if max_logit is not None:
         largest = tl.max(tl.where(live, b_m, float("-inf")), 0)
+        if not RELU:  # a maximum drops NaN, a sum does not
+            broken = tl.max(tl.where(live & (b_l != b_l), 1, 0), 0)
+            largest = tl.where(broken > 0, float("nan"), largest)
         if not NATURAL:
             largest = largest * LN_2
         tl.store(max_logit + (i_tile * batch + i_b) * heads + i_h, largest)

@@ -9,13 +9,18 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from attnvariants.kernels._schedule import Sizes, bands, find_rows, pick_tile, visible_tiles
+from attnvariants.kernels._schedule import (
+    Sizes,
+    bands,
+    find_band,
+    find_rows,
+    pick_tile,
+    visible_tiles,
+)
 from hypothesis import given, settings
 from torch import Tensor
 
 from attnvariants.kernels import _schedule
-
-CPU = torch.device("cpu")
 
 
 @triton.jit
@@ -44,6 +49,15 @@ def tiles_kernel(found, low, high, all_low, all_high, TILE: tl.constexpr):
     tl.store(found + 1, free)
     tl.store(found + 2, edge)
     tl.store(found + 3, end)
+
+
+@triton.jit
+def bands_kernel(found, bands):
+    i_kv, left, right = find_band(tl.program_id(0), bands)
+    p_found = found + 3 * tl.program_id(0)
+    tl.store(p_found, i_kv)
+    tl.store(p_found + 1, left)
+    tl.store(p_found + 2, right)
 
 
 def sizes_of(
@@ -146,12 +160,27 @@ def test_tiles_cover_what_is_visible_and_spare_the_mask_inside_only(
         assert 16 * tile + 16 <= all_high
 
 
-def test_bands_put_the_widest_reach_first() -> None:
-    found = bands((4, -1, 9, 9), False, CPU)
-    far = 2**30
-    assert found.tolist() == [[1, far, far], [2, 9, 0], [3, 9, 0], [0, 4, 0]]
-    assert bands((4, -1, 9, 9), True, CPU)[0].tolist() == [1, far, 0]
-    assert bands((4, -1, 9, 9), False, CPU) is found  # later calls copy nothing
+@pytest.mark.parametrize("windows", [(-1,), (4, -1, 9, 9), (7, 7, 7), (3, 3, -1, 3, -1, -1)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_bands_give_every_head_its_reach_and_the_widest_come_first(
+    windows: tuple[int, ...], causal: bool
+) -> None:
+    far = _schedule._FAR
+    found = torch.full((len(windows), 3), -1, dtype=torch.int32)
+    bands_kernel[(len(windows),)](found, bands(windows, causal))
+    wanted = {
+        (head, far, 0 if causal else far) if window == -1 else (head, window, 0)
+        for head, window in enumerate(windows)
+    }
+    assert {tuple(row) for row in found.tolist()} == wanted
+    reach = found[:, 1].tolist()
+    assert reach == sorted(reach, reverse=True)
+
+
+def test_bands_are_not_specialised_but_for_zeros() -> None:
+    """Windows differ between layers; Triton compiles anew for 1 and for multiples of 16."""
+    for band in bands((16, 32, -1, 48), True):
+        assert all(size % 2 == 1 for size in band)
 
 
 def test_sizes_do_not_specialise_kernels() -> None:

@@ -231,15 +231,16 @@ class Launches:
         monkeypatch.setattr(softmax, "launch", record)
 
 
-def test_one_launch_forward_and_three_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_launch_forward_and_four_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = Launches(monkeypatch)
     tensors = single(length=40, heads=6, kv_heads=3, gate="elementwise")
     results("ls_attention", tensors, window=(4, None, 9), return_stats=True, impl="triton")
     assert launches.kernels == [
         "softmax_forward_kernel",
         "softmax_backward_rows_kernel",
-        "softmax_backward_dkdv_kernel",
         "softmax_backward_dq_kernel",
+        "softmax_backward_dq_kernel",  # returns at once where no probability is close to 1
+        "softmax_backward_dkdv_kernel",
     ]
 
 
