@@ -33,6 +33,9 @@ TRITON_FUNCTIONS = frozenset(
 CUDA_FUNCTIONS: frozenset[str] = frozenset()
 
 
+_OLDEST = (8, 0)  # compute capability of Ampere
+
+
 class Availability(NamedTuple):
     """Whether an implementation can be used on this machine, and if not, why."""
 
@@ -127,6 +130,12 @@ def _obstacle(function: str, impl: str, device: torch.device, dtype: torch.dtype
         impl == "triton" and not on_cuda and not interpreting()
     ):
         return f"it takes CUDA tensors, got {device}"
+    if impl == "triton" and on_cuda:
+        if torch.version.hip:
+            return "its kernels are for NVIDIA GPUs"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST:
+            return f"it takes compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
     if impl in ("cuda", "triton") and dtype == torch.float64:
         return "it takes float16, bfloat16 and float32 tensors, got float64"
     return ""
@@ -134,4 +143,4 @@ def _obstacle(function: str, impl: str, device: torch.device, dtype: torch.dtype
 
 def interpreting() -> bool:
     """Whether Triton kernels run on CPU tensors in Triton's interpreter: right, but very slow."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

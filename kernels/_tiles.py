@@ -10,6 +10,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+_LONGEST_STRIDE = 2**31 // (2 * 256)  # of rows and of columns together
 
 
 class Strided(NamedTuple):
@@ -27,7 +28,13 @@ class Strided(NamedTuple):
 
 
 def strided(x: Any) -> Strided:
-    """Bundles a tensor ``[B, T, H, D]`` or ``[B, T, H]`` with its strides."""
+    """Bundles a tensor ``[B, T, H, D]`` or ``[B, T, H]`` with its strides.
+
+    Offsets inside a tile of up to 256 rows are 32 bits wide, which saves registers. Where strides
+    are too long for that, as in a view of time across a large image, the tensor is copied.
+    """
+    if x.dim() > 1 and max(x.stride(1), *x.stride()[3:]) > _LONGEST_STRIDE:
+        x = x.contiguous()
     return Strided(x, *x.stride(), *(None,) * (4 - x.dim()))
 
 
