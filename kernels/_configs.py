@@ -74,12 +74,12 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
             256: Config(64, 32, 8, 2),
         },
         "ampere": {
-            64: Config(64, 64, 4, 2),
+            64: Config(64, 64, 8, 2),
             128: Config(64, 32, 4, 2),
             256: Config(64, 32, 8, 1),
         },
         "consumer": {
-            64: Config(64, 64, 4, 2),
+            64: Config(64, 64, 8, 2),
             128: Config(64, 32, 4, 2),
             256: Config(32, 32, 8, 1),
         },
