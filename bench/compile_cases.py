@@ -72,28 +72,20 @@ class AcceptedSpill:
 
 
 _UNALIGNED = "unaligned strides"
-ACCEPTED = (
-    *(
-        AcceptedSpill(
-            kernel,
-            (80, 86, 89, 90, 100, 120),
-            768,
-            "rows that do not start at multiples of 16 elements are loaded element by element, "
-            "which is slow with any tiles; they share the entries of the table with those that do",
-            case=_UNALIGNED,
-        )
-        for kernel in (
-            "softmax_forward_kernel",
-            "softmax_backward_dq_kernel",
-            "softmax_backward_dkdv_kernel",
-        )
-    ),
+ACCEPTED = tuple(
     AcceptedSpill(
+        kernel,
+        (80, 86, 89, 90, 100, 120),
+        768,
+        "rows that do not start at multiples of 16 elements are loaded element by element, which "
+        "is slow with any tiles; they share the entries of the table with those that do",
+        case=_UNALIGNED,
+    )
+    for kernel in (
+        "softmax_forward_kernel",
         "softmax_backward_dq_kernel",
-        (100,),
-        16,
-        "up to four registers, by Triton's version; sm_90 shares the entry and spills none",
-    ),
+        "softmax_backward_dkdv_kernel",
+    )
 )
 
 

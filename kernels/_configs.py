@@ -35,13 +35,17 @@ def override(kernel: str, config: Config) -> Iterator[None]:
 
 def _kind(arch: int) -> str:
     """The row of the tables: by tensor cores, registers and shared memory."""
-    if arch in (90, 100, 103):
-        return "hopper"  # and data-center Blackwell
-    return "ampere" if arch == 80 else "consumer"  # 100 KiB of shared memory
+    kinds = {80: "ampere", 90: "hopper", 100: "blackwell", 103: "blackwell"}
+    return kinds.get(arch, "consumer")  # 100 KiB of shared memory
 
 
 _TABLES: dict[str, dict[str, dict[int, Config]]] = {
     "softmax_forward": {
+        "blackwell": {
+            64: Config(128, 64, 8, 3),
+            128: Config(128, 64, 8, 3),
+            256: Config(64, 32, 8, 3),
+        },
         "hopper": {
             64: Config(128, 64, 8, 3),
             128: Config(128, 64, 8, 3),
@@ -65,16 +69,21 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
     },
     "softmax_backward_rows": {
         kind: {64: Config(64, 0, 4, 1), 128: Config(32, 0, 4, 1), 256: Config(16, 0, 4, 1)}
-        for kind in ("hopper", "ampere", "consumer", "float32")
+        for kind in ("blackwell", "hopper", "ampere", "consumer", "float32")
     },
     "softmax_backward_dq": {
+        "blackwell": {
+            64: Config(128, 64, 4, 2),
+            128: Config(128, 64, 8, 2),
+            256: Config(64, 32, 8, 2),
+        },
         "hopper": {
             64: Config(128, 64, 8, 2),
             128: Config(128, 64, 8, 2),
             256: Config(64, 32, 8, 2),
         },
         "ampere": {
-            64: Config(64, 64, 8, 2),
+            64: Config(128, 64, 8, 2),
             128: Config(64, 32, 4, 2),
             256: Config(64, 32, 8, 1),
         },
@@ -86,13 +95,18 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
         "float32": {
             64: Config(32, 32, 8, 1),
             128: Config(32, 16, 8, 1),
-            256: Config(16, 16, 8, 1),
+            256: Config(16, 32, 8, 1),
         },
     },
     "softmax_backward_dkdv": {
-        "hopper": {
+        "blackwell": {
             64: Config(64, 128, 8, 2),
             128: Config(64, 128, 8, 2),
+            256: Config(32, 32, 8, 2),
+        },
+        "hopper": {
+            64: Config(64, 128, 8, 2),
+            128: Config(32, 128, 8, 2),
             256: Config(32, 32, 8, 2),
         },
         "ampere": {
