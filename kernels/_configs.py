@@ -95,7 +95,7 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
         "float32": {
             64: Config(32, 32, 8, 1),
             128: Config(32, 16, 8, 1),
-            256: Config(16, 32, 8, 1),
+            256: Config(16, 32, 8, 2),
         },
     },
     "softmax_backward_dkdv": {
