@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from attnvariants import _checks
+from attnvariants import KVCache, _checks
 from bench.cases import Case
 
 HALF = ("bfloat16", "float16")
@@ -97,6 +97,7 @@ _SOFTMAX_KERNELS = {
     "softmax_backward_dq": "backward",
     "softmax_backward_dkdv": "backward",
 }
+_DECODE_KERNELS = {"_attend_parts": "step", "_add_parts": "step"}
 _WITHOUT_DOTS = ("softmax_backward_rows",)  # reads every row once
 _HEAD_DIMS = ((16, 16), (32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 _BUCKETS = ((64, 64), (128, 128), (256, 256))  # of the configuration tables
@@ -180,6 +181,26 @@ def diagonal(case: Case, tensors: dict[str, Tensor]) -> Calls:
     return {"forward": forward, "backward": backward}
 
 
+def decode(case: Case, tensors: dict[str, Tensor]) -> Calls:
+    """A step of ``attention_decode`` behind a filled cache."""
+    kernels: Any = importlib.import_module("attnvariants.kernels.softmax_decode")
+    q, k, v = (tensors[name] for name in "qkv")
+    cached = case.keys - case.length
+    window = case.options.get("window")
+    dims = (case.key_heads, case.key_dim, case.values)
+    cache = KVCache(case.batch, case.keys, *dims, window=window, dtype=k.dtype, device=k.device)
+    cache.append(k[:, :cached], v[:, :cached])
+    gate = tensors.get("gate")
+    scale, activation = case.key_dim**-0.5, None if gate is None else "sigmoid"
+
+    def step() -> Any:
+        new = (k[:, cached:], v[:, cached:])
+        state = (cache.k, cache.v, cache.lengths, cache.capacities, cache.max_filled)
+        return kernels.attend(q, *new, gate, *state, scale, activation)
+
+    return {"step": step}
+
+
 def _softmax_cases() -> list[CompileCase]:
     def make(
         dims: tuple[int, int], dtype: str, name: str, features: dict[str, Any], quick: bool = False
@@ -224,6 +245,28 @@ def _diagonal_cases() -> list[CompileCase]:
     return found
 
 
+def _decode_cases() -> list[CompileCase]:
+    def make(
+        dims: tuple[int, int], dtype: str, name: str, features: dict[str, Any], quick: bool = False
+    ) -> CompileCase:
+        sizes = {"batch": 2, "key_length": 256 + features["length"], "heads": 8}
+        case = _sized("attention_decode", dims, name, {**sizes, **features})
+        return CompileCase(case, dtype, decode, _DECODE_KERNELS, ("_add_parts",), quick)
+
+    one = {"length": 1, "kv_heads": 4, "gate": "elementwise", "options": {"window": 64}}
+    many = {"length": 8, "kv_heads": 2, "gate": "headwise"}  # more rows than a tile has
+    found = []
+    for dims in _HEAD_DIMS:
+        found.append(make(dims, "bfloat16", "one token, window", one, dims == (128, 128)))
+        found.append(make(dims, "bfloat16", "eight tokens", many, dims in _BUCKETS))
+    for dims in _BUCKETS:
+        found.append(make(dims, "float16", "eight tokens", many))
+        found.append(make(dims, "float32", "eight tokens", many, quick=True))
+    found.append(make((128, 128), "float32", "one token, window", one))
+    found.append(make((128, 128), "bfloat16", "no gate", {"length": 1}))
+    return found
+
+
 def _sized(function: str, dims: tuple[int, int], name: str, features: Mapping[str, Any]) -> Case:
     key_dim, value_dim = dims
     size = f"K={key_dim}" + (f" V={value_dim}" if value_dim != key_dim else "")
@@ -232,5 +275,5 @@ def _sized(function: str, dims: tuple[int, int], name: str, features: Mapping[st
 
 def compile_cases(*, quick: bool = False) -> list[CompileCase]:
     """All cases, or those that reach every entry of the configuration tables once."""
-    cases = [*_softmax_cases(), *_diagonal_cases()]
+    cases = [*_softmax_cases(), *_diagonal_cases(), *_decode_cases()]
     return [case for case in cases if case.quick or not quick]

@@ -88,14 +88,14 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
             256: Config(64, 32, 8, 1),
         },
         "consumer": {
-            64: Config(64, 64, 4, 2),
+            64: Config(64, 64, 8, 2),
             128: Config(64, 32, 4, 2),
             256: Config(32, 32, 8, 1),
         },
         "float32": {
             64: Config(32, 32, 8, 1),
             128: Config(32, 16, 8, 1),
-            256: Config(16, 32, 8, 1),
+            256: Config(16, 32, 8, 2),
         },
     },
     "softmax_backward_dkdv": {

@@ -360,7 +360,7 @@ def _add_parts(
         total = total * rescale + tl.sum(b_total * weight, 0)
         row_max = new_max
     out = acc / total  # a query sees at least its own key
-    if gate is not None:
+    if ACTIVATION is not None:  # Triton 3.6 fails to compare a gate that holds None with None
         p_gate = locate(gate, i_b, i_h, i_q)
         if gate.dim is None:  # one logit per head
             b_gate = tl.load(p_gate)
