@@ -135,12 +135,15 @@ def configure(rows: int, BK: int, BV: int, dtype: torch.dtype) -> Config:
 
     More rows than a tile has are cut into blocks, which read the cache once each, at the same time
     and so mostly from L2. Tiles of 64 rows would need wgmma, with the hazards it has in Triton.
+    None of these spills registers on a supported chip.
     """
-    slots = min(64, 4096 // max(BK, BV))
+    wide = max(BK, BV) > 128
     if dtype == torch.float32:  # without tensor cores: a thread holds its operands' columns
-        return Config(BT=16, BS=slots, BC=min(64, BK), warps=8, stages=2)
-    wide = rows > 16 and max(BK, BV) <= 128
-    return Config(BT=32 if wide else 16, BS=slots, BC=BK, warps=4, stages=3)
+        return Config(BT=16, BS=16, BC=min(64 if BV > 128 else 32, BK), warps=8, stages=2)
+    slots = min(64, 4096 // max(BK, BV))
+    if wide:
+        return Config(BT=16, BS=slots, BC=BK, warps=8, stages=3)
+    return Config(BT=16 if rows <= 16 else 32, BS=slots, BC=BK, warps=4, stages=3)
 
 
 @functools.lru_cache(maxsize=256)
