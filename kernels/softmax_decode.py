@@ -122,7 +122,7 @@ def attend(
     )
     launch(
         *(_add_parts, batch * steps * heads, parts, Results(out, row_max, lse)),
-        *(None if gate is None else strided(gate), new, cache, lengths, plan.heads),
+        *(None if gate is None else _strided_gate(gate), new, cache, lengths, plan.heads),
         *(odd(batch), *sizes, BK, BV, gate_activation),
         like=q,
         config=config,
@@ -194,6 +194,14 @@ def _strided_cache(x: Tensor) -> Strided:
     """``[B, slots, D]``: the heads lie behind each other in the slots."""
     batch, slot, dim = x.stride()
     return Strided(x, batch, slot, 0, dim)
+
+
+def _strided_gate(x: Tensor) -> Strided:
+    """``[B, Q, H, V]``, or ``[B, Q, H]`` for all channels.
+
+    The missing axis has stride 0: Triton 3.6 compiles no test of a tuple that has ``None`` in it.
+    """
+    return Strided(x, *x.stride(), *(0,) * (4 - x.dim()))
 
 
 @triton.jit
@@ -317,7 +325,7 @@ def _add_keys(b_s, b_v, visible, scale, acc, row_max, total):
 def _add_parts(
     parts,  # see Parts
     results,  # see Results
-    gate,  # logits [B, Q, H, V] or [B, Q, H]; None
+    gate,  # logits [B, Q, H, V]; None
     new,  # Pair of [B, Q, Hkv, K] and [B, Q, Hkv, V]
     cache,  # Pair of [B, slots, 1, K] and [B, slots, 1, V]
     lengths,  # [B]
@@ -364,11 +372,7 @@ def _add_parts(
         row_max = new_max
     out = acc / total  # a query sees at least its own key
     if gate is not None:
-        p_gate = locate(gate, i_b, i_h, i_q)
-        if gate.dim is None:  # one logit per head
-            b_gate = tl.load(p_gate)
-        else:
-            b_gate = tl.load(p_gate + cols * gate.dim, mask=cols < V, other=0.0)
+        b_gate = tl.load(locate(gate, i_b, i_h, i_q) + cols * gate.dim, mask=cols < V, other=0.0)
         out *= activate(b_gate.to(tl.float32), ACTIVATION)
     row = (tl.cast(i_b, tl.int64) * Q + i_q) * H + i_h
     b_out = cast(out, results.out.dtype.element_ty)
