@@ -1,13 +1,11 @@
-"""Launches kernels: on the device of their tensors, with a configuration chosen ahead of time."""
+"""Launches kernels with a configuration chosen ahead of time."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from attnvariants.kernels._tiles import INTERPRETED
-from torch import Tensor
 
 
 class Config(NamedTuple):
@@ -19,17 +17,12 @@ class Config(NamedTuple):
     stages: int
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, like: Tensor, config: Any) -> None:
-    """Runs ``programs`` programs of ``kernel`` on the device and the current stream of ``like``.
+def launch(kernel: Any, programs: int, *arguments: Any, config: Any) -> None:
+    """Runs ``programs`` programs of ``kernel`` on the current device and stream.
 
     The grid has one axis: the others are limited to 65,535 programs.
     """
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    if like.device.type != "cuda":
-        kernel[(programs,)](*arguments, **options)
-        return
-    with torch.cuda.device(like.device):
-        kernel[(programs,)](*arguments, **options)
+    kernel[(programs,)](*arguments, num_warps=config.warps, num_stages=config.stages)
 
 
 def architecture() -> int:

@@ -32,11 +32,12 @@ class Config(NamedTuple):
     stages: int = 1
 
 
-class Epilogue(NamedTuple):
-    """``out = act(gate) * weight * o``, each factor or ``None``."""
+class Inputs(NamedTuple):
+    """Of the recurrence, but the decay."""
 
-    weight: Strided | None  # [1, 1, H, V]
-    gate: Strided | None  # logits [B, Q, H, V] or [B, Q, H]
+    q: Strided  # [B, Q, H, K]
+    k: Strided  # [B, Q, H, K]
+    v: Strided  # [B, Q, H, V]
 
 
 class Unfinished(NamedTuple):
@@ -74,24 +75,24 @@ def attend(
             o=torch.empty(v.shape, dtype=torch.float32, device=v.device),
             squares=q.new_empty(batch, steps, heads, columns, dtype=torch.float32),
         )
-    epilogue = Epilogue(
+    inputs = Inputs(strided(q), strided(k), strided(v))
+    decay = None if g is None else _broadcast(g)
+    factors = (
         None if norm_weight is None else _strided_weight(norm_weight),
-        None if gate is None else strided(gate),
+        None if gate is None else _broadcast(gate),
     )
     launch(
-        *(_advance_state, batch * heads * columns, strided(q), strided(k), strided(v)),
-        *(None if g is None else _strided_decay(g), strided(state.transpose(1, 2)), lengths),
-        *(epilogue, unfinished, out, scale, eps, odd(steps), odd(heads)),
-        *(key_dim, value_dim, BK, config.BV, feature_map, norm, gate_activation),
-        like=q,
+        *(_advance_state, batch * heads * columns, inputs, decay),
+        *(strided(state.transpose(1, 2)), lengths, *factors, unfinished, out, scale, eps),
+        *(odd(steps), odd(heads), key_dim, value_dim, BK, config.BV),
+        *(feature_map, norm, gate_activation),
         config=config,
     )
     if unfinished is not None:
         launch(
-            *(_finish, batch * steps * heads, epilogue, unfinished, out, eps, odd(steps)),
+            *(_finish, batch * steps * heads, *factors, unfinished, out, eps, odd(steps)),
             *(odd(heads), value_dim, tile_dim(value_dim), columns),
             *(triton.next_power_of_2(heads * columns), norm, gate_activation),
-            like=q,
             config=Config(0, warps=4),
         )
     return out
@@ -119,20 +120,25 @@ def _strided_weight(weight: Tensor) -> Strided:
     return Strided(weight, 0, 0, weight.stride(0) if weight.dim() == 2 else 0, weight.stride(-1))
 
 
-def _strided_decay(g: Tensor) -> Strided:
-    """``[B, Q, H, K]``, ``[B, Q, H]``, or ``[H]`` for all tokens."""
-    return Strided(g, 0, 0, g.stride(0), None) if g.dim() == 1 else strided(g)
+def _broadcast(x: Tensor) -> Strided:
+    """``[B, Q, H, D]``, ``[B, Q, H]`` for all channels, or ``[H]`` for all tokens and channels.
+
+    What is missing has stride 0: Triton 3.6 compiles no test and no call with a tuple that has
+    ``None`` in it.
+    """
+    if x.dim() == 1:
+        return Strided(x, 0, 0, x.stride(0), 0)
+    return Strided(x, *x.stride(), *(0,) * (4 - x.dim()))
 
 
 @triton.jit
 def _advance_state(
-    q,  # [B, Q, H, K]
-    k,  # [B, Q, H, K]
-    v,  # [B, Q, H, V]
-    g,  # log-decay [B, Q, H, K] or [B, Q, H]; None
+    inputs,  # see Inputs
+    g,  # log-decay [B, Q, H, K]; None
     state,  # [B, K, H, V]
     lengths,  # [B]; None
-    epilogue,  # see Epilogue
+    weight,  # [1, 1, H, V]; None
+    gate,  # logits [B, Q, H, V]; None
     unfinished,  # see Unfinished; None where this launch finishes the output
     out,  # contiguous [B, Q, H, V]
     scale,
@@ -162,26 +168,24 @@ def _advance_state(
     cols = i_v * BV + tl.arange(0, BV)
     live = cols < V
     mask = (rows < K)[:, None] & live[None, :]
-    p_state = locate(state, i_b, i_h, 0) + rows[:, None] * state.time + cols[None, :] * state.dim
+    offsets = rows[:, None] * state.time + cols[None, :] * state.dim
+    p_state = locate(state, i_b, i_h, 0) + offsets
     b_state = tl.load(p_state, mask=mask, other=0.0)  # [BK, BV]
     for t in range(steps):
-        b_q = _load_features(q, i_b, i_h, t, rows, K, MAP) * scale
-        b_k = _load_features(k, i_b, i_h, t, rows, K, MAP)
-        b_v = tl.load(locate(v, i_b, i_h, t) + cols * v.dim, mask=live, other=0.0).to(tl.float32)
+        b_q = _load_features(inputs.q, i_b, i_h, t, rows, K, MAP) * scale
+        b_k = _load_features(inputs.k, i_b, i_h, t, rows, K, MAP)
+        p_v = locate(inputs.v, i_b, i_h, t) + cols * inputs.v.dim
+        b_v = tl.load(p_v, mask=live, other=0.0).to(tl.float32)
         if g is not None:
-            p_g = locate(g, i_b, i_h, t)
-            if g.dim is None:  # one for all channels
-                b_state *= _decay(tl.load(p_g).to(tl.float32))
-            else:
-                b_g = tl.load(p_g + rows * g.dim, mask=rows < K, other=0.0)
-                b_state *= _decay(b_g.to(tl.float32))[:, None]
+            b_g = tl.load(locate(g, i_b, i_h, t) + rows * g.dim, mask=rows < K, other=0.0)
+            b_state *= _decay(b_g.to(tl.float32))[:, None]
         b_state += b_k[:, None] * b_v[None, :]
         b_o = tl.sum(b_q[:, None] * b_state, 0)  # [BV]
         row = (tl.cast(i_b, tl.int64) * steps + t) * heads + i_h
         if unfinished is None:
             if NORM == "head":
                 b_o *= tl.rsqrt(tl.sum(b_o * b_o, 0) / V + eps)
-            b_o = _apply(b_o, epilogue, i_b, i_h, t, cols, live, ACTIVATION)
+            b_o = _apply(b_o, weight, gate, i_b, i_h, t, cols, live, ACTIVATION)
             tl.store(out + row * V + cols, cast(b_o, out.dtype.element_ty), mask=live)
         else:
             tl.store(unfinished.o + row * V + cols, b_o, mask=live)
@@ -191,7 +195,8 @@ def _advance_state(
 
 @triton.jit
 def _finish(
-    epilogue,  # see Epilogue
+    weight,  # [1, 1, H, V]; None
+    gate,  # logits [B, Q, H, V]; None
     unfinished,  # see Unfinished
     out,  # contiguous [B, Q, H, V]
     eps,
@@ -223,23 +228,18 @@ def _finish(
     live = cols < V
     offsets = tl.cast(row, tl.int64) * V + cols
     b_o = tl.load(unfinished.o + offsets, mask=live, other=0.0) * rstd
-    b_o = _apply(b_o, epilogue, i_b, i_h, i_t, cols, live, ACTIVATION)
+    b_o = _apply(b_o, weight, gate, i_b, i_h, i_t, cols, live, ACTIVATION)
     tl.store(out + offsets, cast(b_o, out.dtype.element_ty), mask=live)
 
 
 @triton.jit
-def _apply(b_o, epilogue, i_b, i_h, t, cols, live, ACTIVATION: tl.constexpr):
+def _apply(b_o, weight, gate, i_b, i_h, t, cols, live, ACTIVATION: tl.constexpr):
     """``act(gate) * weight * o`` in float32, for some columns of one head."""
-    weight, gate = epilogue
     if weight is not None:
         p_weight = locate(weight, 0, i_h, 0) + cols * weight.dim
         b_o *= tl.load(p_weight, mask=live, other=0.0).to(tl.float32)
     if gate is not None:
-        p_gate = locate(gate, i_b, i_h, t)
-        if gate.dim is None:  # one logit per head
-            b_gate = tl.load(p_gate)
-        else:
-            b_gate = tl.load(p_gate + cols * gate.dim, mask=live, other=0.0)
+        b_gate = tl.load(locate(gate, i_b, i_h, t) + cols * gate.dim, mask=live, other=0.0)
         b_o *= _map(b_gate.to(tl.float32), ACTIVATION)
     return b_o
 

@@ -107,7 +107,6 @@ class SoftmaxCall:
             largest,
             *(self.bands, self.cu_seqlens, sizes, self.scale, self.dims, config),
             activation,
-            like=self.q,
             config=config,
         )
         max_logit = lse.new_empty(0) if largest is None else largest.amax((0, 1))
@@ -141,7 +140,6 @@ class SoftmaxCall:
                 programs,
                 *(*inputs, lse, dlse, delta, strided(dq), saturated, *shared),
                 *(sizes, self.scale, self.dims, config, again),
-                like=dq,
                 config=config,
             )
         config, sizes, programs = self.plan("softmax_backward_dkdv", over_keys=True)
@@ -150,7 +148,6 @@ class SoftmaxCall:
             programs,
             *(*inputs, lse, delta, strided(dk), strided(dv), *shared),
             *(sizes, self.scale, self.dims, config),
-            like=dk,
             config=config,
         )
         return dq.mul_(self.sign) if self.sign < 0 else dq, dk, dv
@@ -193,7 +190,6 @@ def backward_rows(
         None if gate is None else strided(dpre),
         None if dgate is None else strided(dgate),
         *(delta, odd(length), odd(heads), value_dim, wide, config.BT, activation),
-        like=out,
         config=config,
     )
     return dpre, delta, dgate

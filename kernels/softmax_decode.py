@@ -9,14 +9,13 @@ sizes that the host knows, so that a CUDA graph captures the step.
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from attnvariants.kernels._cache_parts import find_head, share_out
 from attnvariants.kernels._gate import activate
 from attnvariants.kernels._launch import launch, tile_dim
 from attnvariants.kernels._tiles import LOG2_E, Strided, cast, dot, load_rows, locate, odd, strided
@@ -64,13 +63,6 @@ class Results(NamedTuple):
     lse: Any  # fp32 [B, Q, H]
 
 
-class Plan(NamedTuple):
-    """How the slots of the cache are shared out: a work item is one part of one KV head."""
-
-    items: Tensor  # int32 [items, 5]: head, part, parts, first slot and capacity of the head
-    heads: Tensor  # int32 [Hkv, 4]: first item, parts, first slot, capacity
-
-
 def attend(
     q: Tensor,  # [B, Q, H, K]
     k: Tensor,  # [B, Q, Hkv, K]
@@ -101,10 +93,10 @@ def attend(
     BK, BV = tile_dim(key_dim), tile_dim(value_dim)
     config = configure(rows, BK, BV, q.dtype)
     blocks = triton.cdiv(rows, config.BT)
-    plan = share_out(
-        tuple(capacities), batch * blocks, config.BS, _RESIDENT * _processors(q.device), q.device
+    runs = share_out(
+        tuple(capacities), batch * blocks, config.BS, _RESIDENT * _processors(q.device)
     )
-    items = plan.items.shape[0]
+    items = sum((run.count >> 1) * (run.parts >> 1) for run in runs)
     parts = Parts(
         acc=q.new_empty(items * batch, rows, value_dim, dtype=torch.float32),
         row_max=q.new_empty(items * batch, rows, dtype=torch.float32),
@@ -115,16 +107,14 @@ def attend(
     cache = Pair(_strided_cache(k_cache), _strided_cache(v_cache))
     sizes = group, steps, key_dim, value_dim
     launch(
-        *(_attend_parts, items * blocks * batch, strided(q), new, cache, lengths, plan.items),
+        *(_attend_parts, items * blocks * batch, strided(q), new, cache, lengths, runs),
         *(parts, softmax_scale, odd(batch), *sizes, config.BT, BK, BV, config.BS, config.BC),
-        like=q,
         config=config,
     )
     launch(
         *(_add_parts, batch * steps * heads, parts, Results(out, row_max, lse)),
-        *(None if gate is None else strided(gate), new, cache, lengths, plan.heads),
+        *(None if gate is None else _strided_gate(gate), new, cache, lengths, runs),
         *(odd(batch), *sizes, BK, BV, gate_activation),
-        like=q,
         config=config,
     )
     return out, row_max, lse
@@ -135,50 +125,15 @@ def configure(rows: int, BK: int, BV: int, dtype: torch.dtype) -> Config:
 
     More rows than a tile has are cut into blocks, which read the cache once each, at the same time
     and so mostly from L2. Tiles of 64 rows would need wgmma, with the hazards it has in Triton.
+    None of these spills registers on a supported chip.
     """
-    slots = min(64, 4096 // max(BK, BV))
+    wide = max(BK, BV) > 128
     if dtype == torch.float32:  # without tensor cores: a thread holds its operands' columns
-        return Config(BT=16, BS=slots, BC=min(64, BK), warps=8, stages=2)
-    wide = rows > 16 and max(BK, BV) <= 128
-    return Config(BT=32 if wide else 16, BS=slots, BC=BK, warps=4, stages=3)
-
-
-@functools.lru_cache(maxsize=256)
-def share_out(
-    capacities: tuple[int, ...], parallel: int, tile: int, resident: int, device: torch.device
-) -> Plan:
-    """Cuts the slots of every head into parts of about equal size, as many as keep a GPU busy.
-
-    A part is a share of what its head holds when the step runs, which only the device knows.
-
-    Args:
-        capacities: slots of each KV head.
-        parallel: programs per work item.
-        tile: slots of a tile.
-        resident: programs that run at the same time.
-        device: of the tables.
-    """
-    tiles = [triton.cdiv(capacity, tile) for capacity in capacities]
-    size = _tiles_per_part(Counter(tiles), parallel, resident)
-    counts = [triton.cdiv(n, size) for n in tiles]
-    items: list[tuple[int, ...]] = []
-    heads = [(0, 0, 0, 0)] * len(capacities)
-    # Programs start in the order of the items: the longest first.
-    for head in sorted(range(len(tiles)), key=lambda h: -tiles[h] / counts[h]):
-        slots = sum(capacities[:head]), capacities[head]
-        heads[head] = (len(items), counts[head], *slots)
-        items += [(head, part, counts[head], *slots) for part in range(counts[head])]
-    return Plan(*(torch.tensor(x, dtype=torch.int32, device=device) for x in (items, heads)))
-
-
-def _tiles_per_part(tiles: Counter[int], parallel: int, resident: int) -> int:
-    """The size with the shortest schedule, where a part costs one tile more than it has."""
-
-    def cost(size: int) -> int:
-        programs = parallel * sum(heads * triton.cdiv(n, size) for n, heads in tiles.items())
-        return int(triton.cdiv(programs, resident)) * (size + 1)
-
-    return min(range(max(tiles), 0, -1), key=cost)
+        return Config(BT=16, BS=16, BC=min(64 if BV > 128 else 32, BK), warps=8, stages=2)
+    slots = min(64, 4096 // max(BK, BV))
+    if wide:
+        return Config(BT=16, BS=slots, BC=BK, warps=8, stages=3)
+    return Config(BT=16 if rows <= 16 else 32, BS=slots, BC=BK, warps=4, stages=3)
 
 
 def _processors(device: torch.device) -> int:
@@ -193,13 +148,21 @@ def _strided_cache(x: Tensor) -> Strided:
     return Strided(x, batch, slot, 0, dim)
 
 
+def _strided_gate(x: Tensor) -> Strided:
+    """``[B, Q, H, V]``, or ``[B, Q, H]`` for all channels.
+
+    The missing axis has stride 0: Triton 3.6 compiles no test of a tuple that has ``None`` in it.
+    """
+    return Strided(x, *x.stride(), *(0,) * (4 - x.dim()))
+
+
 @triton.jit
 def _attend_parts(
     q,  # [B, Q, Hkv * G, K]
     new,  # Pair of [B, Q, Hkv, K] and [B, Q, Hkv, V]
     cache,  # Pair of [B, slots, 1, K] and [B, slots, 1, V]
     lengths,  # [B]
-    items,  # see Plan
+    runs,  # of Run
     parts,  # see Parts
     scale,
     batch,
@@ -223,12 +186,9 @@ def _attend_parts(
     blocks: tl.constexpr = (G * Q + BT - 1) // BT
     i_t = (pid // batch) % blocks
     i_w = pid // batch // blocks
-    head = tl.load(items + 5 * i_w)
-    part = tl.load(items + 5 * i_w + 1)
-    num_parts = tl.load(items + 5 * i_w + 2)
-    offset = tl.load(items + 5 * i_w + 3)
-    capacity = tl.load(items + 5 * i_w + 4)
-    length = tl.load(lengths + i_b)
+    head, first, num_parts, offset, capacity = find_head(i_w, runs, OF_ITEM=True)
+    part = i_w - first
+    length = tl.maximum(tl.load(lengths + i_b), 0)
     if (i_w == 0) & (i_t == 0):
         tl.store(parts.lengths + i_b, length)
 
@@ -314,11 +274,11 @@ def _add_keys(b_s, b_v, visible, scale, acc, row_max, total):
 def _add_parts(
     parts,  # see Parts
     results,  # see Results
-    gate,  # logits [B, Q, H, V] or [B, Q, H]; None
+    gate,  # logits [B, Q, H, V]; None
     new,  # Pair of [B, Q, Hkv, K] and [B, Q, Hkv, V]
     cache,  # Pair of [B, slots, 1, K] and [B, slots, 1, V]
     lengths,  # [B]
-    heads,  # see Plan
+    runs,  # of Run
     batch,
     G: tl.constexpr,
     Q: tl.constexpr,
@@ -335,8 +295,7 @@ def _add_parts(
     i_q = (pid // batch) % Q
     i_h = pid // batch // Q
     H = tl.num_programs(0) // batch // Q
-    first = tl.load(heads + 4 * (i_h // G))
-    num_parts = tl.load(heads + 4 * (i_h // G) + 1)
+    _, first, num_parts, offset, capacity = find_head(i_h // G, runs, OF_ITEM=False)
     cols = tl.arange(0, BV)
 
     acc = tl.zeros([BV], dtype=tl.float32)
@@ -360,12 +319,8 @@ def _add_parts(
         total = total * rescale + tl.sum(b_total * weight, 0)
         row_max = new_max
     out = acc / total  # a query sees at least its own key
-    if ACTIVATION is not None:  # Triton 3.6 fails to compare a gate that holds None with None
-        p_gate = locate(gate, i_b, i_h, i_q)
-        if gate.dim is None:  # one logit per head
-            b_gate = tl.load(p_gate)
-        else:
-            b_gate = tl.load(p_gate + cols * gate.dim, mask=cols < V, other=0.0)
+    if gate is not None:
+        b_gate = tl.load(locate(gate, i_b, i_h, i_q) + cols * gate.dim, mask=cols < V, other=0.0)
         out *= activate(b_gate.to(tl.float32), ACTIVATION)
     row = (tl.cast(i_b, tl.int64) * Q + i_q) * H + i_h
     b_out = cast(out, results.out.dtype.element_ty)
@@ -376,8 +331,6 @@ def _add_parts(
     length = tl.load(parts.lengths + i_b)  # lengths itself changes while this launch runs
     if (i_h == 0) & (i_q == 0):
         tl.store(lengths + i_b, length + Q)
-    offset = tl.load(heads + 4 * (i_h // G) + 2)
-    capacity = tl.load(heads + 4 * (i_h // G) + 3)
     if (i_h % G == 0) & (i_q + capacity >= Q):  # a later key of the step takes the slot otherwise
         slot = offset + (length + i_q) % capacity
         _copy_row(new.k, cache.k, i_b, i_h // G, i_q, slot, K, BK)

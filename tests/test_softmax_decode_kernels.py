@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnvariants import KVCache, attention_decode
 from attnvariants._verify import within
-from attnvariants.kernels import softmax_decode
+from attnvariants.kernels import _cache_parts, softmax_decode
 
 SMALL = softmax_decode.Config(BT=16, BS=16, BC=16, warps=4, stages=1)
 HALF = (torch.bfloat16, torch.float16)
@@ -57,8 +57,8 @@ def test_more_parts_than_are_added_at_a_time(prompt: int, monkeypatch: pytest.Mo
     tensors = draw(1, 330, 1, 1)
     working = {name: x.float() for name, x in tensors.items()}
     cache = make_cache(working, None)
-    parts = softmax_decode.share_out((330,), 1, 16, 128, cache.device).items
-    assert len(parts) == 21
+    (run,) = _cache_parts.share_out((330,), 1, 16, 128)
+    assert run.parts >> 1 == 21
     cache.append(working["k"][:, :prompt], working["v"][:, :prompt])
     out = attention_decode(**cut(working, prompt, prompt + 2), cache=cache, impl="triton")
     exact = {name: x.double() for name, x in working.items()}
@@ -228,12 +228,10 @@ def test_launches_depend_on_sizes_only(monkeypatch: pytest.MonkeyPatch) -> None:
         launched.append((kernel.__name__, programs, [type(x).__name__ for x in arguments]))
 
     def step(lengths: Tensor, max_filled: int) -> None:
-        softmax_decode.share_out.cache_clear()  # tables without values are of no use to others
         q, k, k_cache = (torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 2, 5), torch.zeros(2, 60, 5))
         softmax_decode.attend(
             *(q, k, k, None, k_cache, k_cache, lengths, [20, 40], max_filled, 1.0, None)
         )
-        softmax_decode.share_out.cache_clear()
 
     monkeypatch.setattr(softmax_decode, "launch", record)
     step(torch.tensor([0, 39], dtype=torch.int32), 39)
@@ -258,23 +256,25 @@ def test_launches_depend_on_sizes_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_follow_the_capacity(
     capacities: tuple[int, ...], parallel: int, counts: list[int] | None
 ) -> None:
-    device = torch.device("cpu")
-    items, heads = softmax_decode.share_out(capacities, parallel, 16, 264, device)
+    runs = [
+        [size >> 1 for size in run] for run in _cache_parts.share_out(capacities, parallel, 16, 264)
+    ]
+    heads = {}
+    for head, count, parts, slot, capacity in runs:
+        for n in range(count):
+            heads[head + n] = (parts, slot + n * capacity, capacity)
     slots = [0, *itertools.accumulate(capacities)]
-    assert heads[:, 2].tolist() == slots[:-1]
-    assert heads[:, 3].tolist() == list(capacities)
-    for head, (first, parts, slot, capacity) in enumerate(heads.tolist()):
-        wanted = [[head, part, parts, slot, capacity] for part in range(parts)]
-        assert items[first : first + parts].tolist() == wanted
-    assert heads[:, 1].sum() == len(items)
+    assert [heads[h][1] for h in range(len(capacities))] == slots[:-1]
+    assert [heads[h][2] for h in range(len(capacities))] == list(capacities)
+    found = [heads[h][0] for h in range(len(capacities))]
     if counts is not None:
-        assert heads[:, 1].tolist() == counts
+        assert found == counts
     else:
-        assert 132 <= len(items) * parallel <= 264
-        size = max(-(-c // 16) / n for c, n in zip(capacities, heads[:, 1].tolist(), strict=True))
-        for capacity, parts in zip(capacities, heads[:, 1].tolist(), strict=True):
+        assert 132 <= sum(found) * parallel <= 264
+        size = max(-(-c // 16) / n for c, n in zip(capacities, found, strict=True))
+        for capacity, parts in zip(capacities, found, strict=True):
             assert parts <= -(-capacity // 16) / size + 1
-    lengths = [item[4] / item[2] for item in items.tolist()]
+    lengths = [capacity / parts for _, _, parts, _, capacity in runs]
     assert all(longer >= shorter - 16 for longer, shorter in itertools.pairwise(lengths))
 
 

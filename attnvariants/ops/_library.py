@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -55,16 +57,21 @@ def _isolated(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps autograd and autocast, which reach into operators, out of an implementation.
 
     Autograd does where an operator is called without its ``autograd.Function``, as the graphs of
-    ``torch.export`` do. Such a call has no gradient, and torch says so in the backward.
+    ``torch.export`` do. Such a call has no gradient, and torch says so in the backward. Kernels are
+    launched on the current device, so that is the one of the tensors meanwhile.
     """
 
     @functools.wraps(implementation)
     def run(*args: Any, **kwargs: Any) -> Any:
         device = args[0].device
-        with torch.no_grad():
+        with torch.no_grad(), _current(device):
             if not autocasting(device):
                 return implementation(*args, **kwargs)
             with torch.autocast(device.type, enabled=False):
                 return implementation(*args, **kwargs)
 
     return run
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
