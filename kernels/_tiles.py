@@ -33,7 +33,7 @@ def strided(x: Any) -> Strided:
     Offsets inside a tile of up to 256 rows are 32 bits wide, which saves registers. Where strides
     are too long for that, as in a view of time across a large image, the tensor is copied.
     """
-    if x.dim() > 1 and max(x.stride(1), *x.stride()[3:]) > _LONGEST_STRIDE:
+    if max((x.stride(1), *x.stride()[3:])) > _LONGEST_STRIDE:
         x = x.contiguous()
     return Strided(x, *x.stride(), *(None,) * (4 - x.dim()))
 

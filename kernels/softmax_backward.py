@@ -195,7 +195,7 @@ def softmax_backward_dq_kernel(
         b_dq = dot(cast(b_ds, b_k.dtype), b_k, b_dq)
     if REST:
         b_delta += tl.where(alone, 0.0, b_rest - b_dlse)
-        peak = tl.max(tl.where(alone, 0.0, b_peak), 0)
+        peak = tl.max(tl.where(alone | (first + rows >= queries), 0.0, b_peak), 0)
         tl.store(saturated + tl.program_id(0), (peak > SATURATED).to(tl.int32))
     if not RELU and not AGAIN:
         tl.store(delta + offset + rows, b_delta, mask=live)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from attnvariants.kernels._tiles import strided
 from linear_checks import check_checkpoint, check_subsets
 from softmax_checks import (
     ACTIVATIONS,
@@ -19,6 +20,7 @@ from softmax_checks import (
     check_compile,
     check_definition,
     check_operators,
+    cotangent,
     draw,
     results,
 )
@@ -127,6 +129,52 @@ def test_large_logits() -> None:
     matches(tensors, BF16)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("strength", [0, 8, 12, 16, 24])
+def test_attention_to_one_key_behind_a_gate(strength: float, dtype: torch.dtype) -> None:
+    """dS is next to nothing there, and D from the rounded output would not cancel."""
+    tensors = draw(batch=1, length=96, heads=2, key_dim=64, gate="elementwise")
+    direction = torch.nn.functional.normalize(torch.randn(64, dtype=torch.float64), dim=0)
+    tensors["q"] += 8 * direction
+    tensors["k"][:, 0] = strength * direction
+    matches(tensors, dtype)
+
+
+def test_only_saturated_tiles_are_walked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = Launches(monkeypatch)
+    tensors = {
+        name: x.half() for name, x in draw(batch=1, length=300, heads=2, gate="headwise").items()
+    }
+    tensors["k"][:, 0, 1] = 40  # head 1 looks at its first key alone
+    tensors["q"][:, :, 1] = tensors["q"][:, :, 1].abs() + 1
+    results("gated_sdpa", tensors, impl="triton")
+    kernel = launches.kernels.index("softmax_backward_dq_kernel")
+    saturated = launches.arguments[kernel][8].view(-1, 2)  # tiles by heads
+    assert saturated[:, 1].all()
+    assert not saturated[:-1, 0].any()  # the last program has the first rows, which see few keys
+
+
+@pytest.mark.parametrize("window", [1, 9, None])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_small_gradients_of_lse(dtype: torch.dtype, gate: str | None, window: int | None) -> None:
+    """Next to the output's, also where a query sees one key and nothing else moves dq."""
+    working = {n: x.to(dtype) for n, x in draw(length=40, heads=2, gate=gate).items()}
+
+    def gradients(impl: str, inputs: Inputs) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs.values()]
+        named = dict(zip(inputs, leaves, strict=True))
+        out, stats = gated_sdpa(**named, window=window, return_stats=True, impl=impl)
+        loss = (out * cotangent(out)).sum() + 1e-3 * stats.lse.square().sum()
+        return [x.double() for x in torch.autograd.grad(loss, leaves)]
+
+    truth = gradients("reference", {name: x.double() for name, x in working.items()})
+    found, eager = gradients("triton", working), gradients("eager", working)
+    for name, ours, theirs, exact in zip(working, found, eager, truth, strict=True):
+        allowed = 2 * (theirs - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+        assert (ours - exact).norm() <= allowed, name
+
+
 PACKINGS = {
     "one": [70],
     "equal": [16, 16, 16],
@@ -199,6 +247,55 @@ def test_a_local_head_touches_the_tiles_of_its_window_only() -> None:
     out = ls_attention(**tensors, window=20, impl="triton")
     assert out[:, first:].isfinite().all()
     assert out[:, 700:720].isnan().any()
+
+
+def test_an_infinite_gradient_of_lse_stays_with_its_query() -> None:
+    """Queries before the first key have a log-sum-exp of -inf, and its square such a gradient."""
+    tensors = {n: x.requires_grad_() for n, x in single(length=40, keys=9, heads=2).items()}
+    out, stats = gated_sdpa(**tensors, return_stats=True, impl="triton")
+    loss = out.sum() + stats.lse.square().sum()
+    found = torch.autograd.grad(loss, list(tensors.values()))
+    assert all(x.isfinite().all() for x in found)
+
+
+def test_nan_is_not_lost() -> None:
+    """No maximum hides it: on a device that would drop NaN, which the interpreter keeps."""
+    tensors = single(length=40, heads=2)
+    tensors["q"][0, 17, 1] = math.nan
+    out, stats = gated_sdpa(**tensors, return_stats=True, impl="triton")
+    assert stats.max_logit.isnan().tolist() == [False, True]
+    assert out[0, 17, 1].isnan().all()
+    relu = diag_attention(**tensors, activation="relu", impl="triton")
+    assert relu[0, 17, 1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "values", [[-100, 30, 60], [0, -40, 60], [0, 70, 60], [50, 20, 60], [0, 10**9, 60]]
+)
+def test_bounds_that_are_none_touch_no_other_memory(values: list[int]) -> None:
+    """On a device nobody reads them before the kernels do."""
+    guarded = torch.full((3, 60, 2, 16), 7.0)
+    q, k, v = torch.randn(3, 1, 60, 2, 16)
+    cu_seqlens = torch.tensor(values, dtype=torch.int32)
+    call = softmax.SoftmaxCall(q, k, v, cu_seqlens, [-1, -1], True, 0.25)
+    new_empty = torch.Tensor.new_empty
+
+    def inside(x: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
+        return guarded[1:2] if shape == (1, 60, 2, 16) else new_empty(x, *shape, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", inside)
+        call.forward(None, None, stats=False)
+    assert (guarded[0] == 7).all()
+    assert (guarded[2] == 7).all()
+
+
+def test_strides_beyond_32_bits_are_copied() -> None:
+    base = torch.empty(1, device="meta")
+    far = base.as_strided((1, 40, 2, 16), (0, 2**27, 16, 1))
+    assert strided(far).time == 32
+    near = base.as_strided((1, 40, 2, 16), (0, 2**22, 16, 1))
+    assert strided(near).ptr is near
 
 
 def test_nothing_leaks_over_the_edge_of_a_document() -> None:
