@@ -70,12 +70,45 @@ def load_rows(p_x, x, rows, live, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def load_slice(p_x, x, rows, live, first, D: tl.constexpr, BD: tl.constexpr):
+    """Loads the columns ``[first, first + BD)`` of ``[rows, D]``, zero where there is nothing."""
+    cols = first + tl.arange(0, BD)
+    p_tile = p_x + rows[:, None] * x.time + cols[None, :] * x.dim
+    mask = live[:, None]
+    if D % BD != 0:
+        mask = mask & (cols[None, :] < D)
+    return tl.load(p_tile, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_slice(p_x, x, rows, live, b_x, first, D: tl.constexpr, BD: tl.constexpr):
+    """Stores ``b_x [rows, BD]`` to the columns from ``first`` on."""
+    cols = first + tl.arange(0, BD)
+    p_tile = p_x + rows[:, None] * x.time + cols[None, :] * x.dim
+    mask = live[:, None]
+    if D % BD != 0:
+        mask = mask & (cols[None, :] < D)
+    tl.store(p_tile, narrow(b_x, x.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """``x`` in ``DTYPE``, rounded to the nearest; the interpreter would cut bf16 off instead."""
+    if INTERPRETED and DTYPE == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        bits = tl.where((bits & 0x7F800000) == 0x7F800000, bits, rounded)  # infinity, NaN
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def store_rows(p_x, x, rows, live, b_x, D: tl.constexpr, BD: tl.constexpr):
     """Stores ``b_x [rows, BD]`` to address ``p_x``, rounded once to the dtype of ``x``."""
     cols = tl.arange(0, BD)
     p_tile = p_x + rows[:, None] * x.time + cols[None, :] * x.dim
     mask = live[:, None] & (cols[None, :] < D)
-    tl.store(p_tile, b_x.to(x.ptr.dtype.element_ty), mask=mask)
+    tl.store(p_tile, narrow(b_x, x.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -85,3 +118,28 @@ def dot(a, b, acc=None):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _cut(x):
+    """What a TF32 tensor core sees of float32; on a device, ``x``."""
+    if INTERPRETED:
+        x = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def product(a, b, like, acc=None):
+    """``acc + a @ b`` in float32 of computed operands, in a precision that suits ``like``.
+
+    ``like`` is a ``Strided`` input. bf16 operands go with bf16 inputs. With float16 inputs they are
+    rounded to TF32, which has as many digits and cannot overflow; with float32 inputs not at all.
+    """
+    DTYPE: tl.constexpr = like.ptr.dtype.element_ty
+    if DTYPE == tl.bfloat16:
+        acc = dot(narrow(a, tl.bfloat16), narrow(b, tl.bfloat16), acc)
+    elif DTYPE == tl.float16:
+        acc = tl.dot(_cut(a.to(tl.float32)), _cut(b.to(tl.float32)), acc, input_precision="tf32")
+    else:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return acc

@@ -1,0 +1,246 @@
+"""Linear attention forward: one pass over the inputs, with the state in registers.
+
+A program walks over a segment of one head with a slice of the values, chunk by chunk:
+
+    o_i = scale * (S^T (exp(G_i) q_i) + sum_{j <= i} A_ij v_j)
+    S   = exp(G_C) S + sum_j (exp(G_C - G_j) k_j) v_j^T
+
+Norm, weight and gate follow in the tile where it holds all that a norm runs over. Otherwise the
+tile leaves its rows divided by their own root mean square, which fits every dtype, and the sums of
+their squares; a second kernel puts those together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from attnvariants.kernels._decay import channel_scores, token_decay
+from attnvariants.kernels._feature_map import apply_map
+from attnvariants.kernels._tiles import load_slice, locate, product, store_slice
+from attnvariants.kernels._walk import find_segment, load_log_decay, load_state, locate_state
+from attnvariants.kernels.linear_states import age, load_features
+
+
+class Epilogue(NamedTuple):
+    """``act(gate) * weight * RMSNorm(o)``."""
+
+    gate: Any  # Strided [B, T, H, V] or [B, T, H], logits; None
+    weight: Any  # Strided [1, 1, H, V]; None
+    eps: float
+
+
+class Outputs(NamedTuple):
+    """What the forward writes."""
+
+    out: Any  # Strided [B, T, H, V]
+    y: Any  # Strided [B, T, H, V], before weight and gate; None where it is out
+    rstd: Any  # Strided [B, T, H]; None without a norm
+    squares: Any  # [B, T, H, slices of V], sums of squares of a deferred norm; None
+
+
+class Norm(NamedTuple):
+    """Of the output; compile-time."""
+
+    KIND: str | None  # "model", "head" or None
+    DEFERRED: bool  # left to the second kernel
+    ACTIVATION: str | None  # of the gate
+
+
+@triton.jit
+def chunk_scores(b_q, b_k, b_g, like, DECAY: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """``A_ij`` for i >= j, else 0, ``[BT, BT]`` with keys along the rows if ``TRANSPOSED``;
+
+    and the sums of log-decays before and behind every row, ``None`` without a decay.
+    """
+    BT: tl.constexpr = b_q.shape[0]
+    before = None
+    after = None
+    if DECAY == "channel":
+        b_a, before, after = channel_scores(b_q, b_k, b_g, like, TRANSPOSED)
+    else:
+        if TRANSPOSED:
+            b_a = product(b_k, tl.trans(b_q), like)
+        else:
+            b_a = product(b_q, tl.trans(b_k), like)
+        if DECAY == "token":
+            b_d, before, after = token_decay(b_g, TRANSPOSED)
+            b_a = b_a * b_d
+        else:
+            rows = tl.arange(0, BT)
+            if TRANSPOSED:
+                b_a = tl.where(rows[:, None] <= rows[None, :], b_a, 0.0)
+            else:
+                b_a = tl.where(rows[:, None] >= rows[None, :], b_a, 0.0)
+    return b_a, before, after
+
+
+@triton.jit
+def weigh_and_gate(
+    b_y,
+    epilogue,
+    i_b,
+    i_h,
+    t,
+    rows,
+    live,
+    i_v,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    """``act(gate) * weight * y`` for a tile ``[BT, BV]``."""
+    if epilogue.weight is not None:
+        cols = i_v + tl.arange(0, BV)
+        p_w = locate(epilogue.weight, 0, i_h, 0) + cols * epilogue.weight.dim
+        b_y = b_y * tl.load(p_w, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    if epilogue.gate is not None:
+        b_y = b_y * apply_map(load_gate(epilogue.gate, i_b, i_h, t, rows, live, i_v, V, BV), ACT)
+    return b_y
+
+
+@triton.jit
+def load_gate(gate, i_b, i_h, t, rows, live, i_v, V: tl.constexpr, BV: tl.constexpr):
+    """Gate logits in float32, ``[BT, BV]``, or ``[BT, 1]`` where there is one per head."""
+    p_gate = locate(gate, i_b, i_h, t)
+    if gate.dim is None:
+        b_gate = tl.load(p_gate + rows * gate.time, mask=live, other=0.0)[:, None]
+    else:
+        b_gate = load_slice(p_gate, gate, rows, live, i_v, V, BV)
+    return b_gate.to(tl.float32)
+
+
+@triton.jit
+def linear_forward_kernel(
+    q,  # Strided [B, T, H, K]
+    k,  # Strided [B, T, H, K]
+    v,  # Strided [B, T, H, V]
+    g,  # Strided [B, T, H, K] or [B, T, H], log-decay; None
+    start,  # [segments, H, K, V]; [N, H, K, V], of whole sequences, if not causal; None for zeros
+    finish,  # [segments, H, K, V], states behind the segments; None
+    epilogue,  # Epilogue
+    outputs,  # Outputs
+    walk,  # Walk
+    scale,
+    dims: tl.constexpr,  # Dims
+    kind: tl.constexpr,  # Kind
+    norm: tl.constexpr,  # Norm
+):
+    BT: tl.constexpr = dims.BT
+    NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
+    i_program = tl.program_id(0)
+    i_slice = i_program % NV
+    i_v = i_slice * dims.BV
+    heads = walk.heads >> 1
+    i_h = i_program // NV % heads
+    i_s = i_program // NV // heads
+    i_n, i_b, place, first, last, begin, end = find_segment(walk, i_s)
+
+    rows = tl.arange(0, BT)
+    i_start = i_s if kind.CAUSAL else i_n
+    b_s = load_state(start, walk, i_start, i_h, dims, 0, i_v, False)  # [BK, BV]
+    for t in tl.range(begin, end, BT):
+        live = t + rows < end
+        b_q = load_features(q, i_b, i_h, t, live, 0, dims, kind.FEATURE_MAP)  # [BT, BK]
+        if kind.CAUSAL:
+            b_k = load_features(k, i_b, i_h, t, live, 0, dims, kind.FEATURE_MAP)
+            b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i_v, dims.V, dims.BV)
+            b_g = None
+            if kind.DECAY is not None:
+                b_g = load_log_decay(g, i_b, i_h, t, live, 0, dims, kind.DECAY)
+            b_a, before, after = chunk_scores(b_q, b_k, b_g, q, kind.DECAY, False)
+            b_o = product(b_a, b_v, q)  # [BT, BV]
+            if kind.DECAY is not None:
+                b_q = b_q * tl.exp2(before)
+                b_k = b_k * tl.exp2(after)
+            b_o = product(b_q, b_s, q, b_o)
+            if kind.DECAY is not None:
+                b_s = age(b_s, tl.sum(b_g, 0)[:, None])
+            b_s = product(tl.trans(b_k), b_v, q, b_s)
+        else:
+            b_o = product(b_q, b_s, q)
+        b_o = b_o * scale
+
+        store = outputs.out if outputs.y is None else outputs.y
+        if norm.KIND is not None:
+            b_squares = tl.sum(b_o * b_o, 1)  # [BT]
+            if norm.DEFERRED:
+                b_r = 1.0 / tl.sqrt(tl.where(b_squares > 0, b_squares, dims.BV) / dims.BV)
+                row = (tl.cast(i_b, tl.int64) * (walk.length >> 1) + t + rows) * heads + i_h
+                tl.store(outputs.squares + row * NV + i_slice, b_squares, mask=live)
+            else:
+                b_r = 1.0 / tl.sqrt(b_squares / dims.V + epilogue.eps)
+                p_r = locate(outputs.rstd, i_b, i_h, t) + rows * outputs.rstd.time
+                tl.store(p_r, b_r, mask=live)
+            b_o = b_o * b_r[:, None]
+        if norm.DEFERRED or outputs.y is not None:
+            store_slice(locate(store, i_b, i_h, t), store, rows, live, b_o, i_v, dims.V, dims.BV)
+        if not norm.DEFERRED:
+            out = outputs.out
+            b_o = weigh_and_gate(
+                b_o, epilogue, i_b, i_h, t, rows, live, i_v, dims.V, dims.BV, norm.ACTIVATION
+            )
+            store_slice(locate(out, i_b, i_h, t), out, rows, live, b_o, i_v, dims.V, dims.BV)
+
+    if finish is not None:
+        p_s, mask = locate_state(finish, walk, i_s, i_h, dims, 0, i_v, False)
+        tl.store(p_s, b_s, mask=mask)
+
+
+@triton.jit
+def linear_norm_kernel(
+    epilogue,  # Epilogue
+    outputs,  # Outputs
+    length,  # odd(T)
+    heads,  # odd(H)
+    dims: tl.constexpr,  # Dims, BT rows and the BV of the forward
+    norm: tl.constexpr,  # Norm
+):
+    """Puts a deferred norm together, with weight and gate, in one pass over the output."""
+    BT: tl.constexpr = dims.BT
+    NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
+    i_program = tl.program_id(0)
+    i_slice = i_program % NV
+    i_v = i_slice * dims.BV
+    count = heads >> 1
+    i_h = i_program // NV % count
+    tiles = tl.cdiv(length >> 1, BT)
+    i_b = i_program // NV // count // tiles
+    t = i_program // NV // count % tiles * BT
+    rows = tl.arange(0, BT)
+    live = t + rows < (length >> 1)
+    row = tl.cast(i_b, tl.int64) * (length >> 1) + t + rows
+    p_squares = outputs.squares + row * count * NV
+    b_sum = tl.zeros([BT], tl.float32)
+    if norm.KIND == "model":
+        for n in tl.range(0, count * NV):
+            b_sum += tl.load(p_squares + n, mask=live, other=0.0)
+        width = count * dims.V
+    else:
+        for n in tl.static_range(NV):
+            b_sum += tl.load(p_squares + i_h * NV + n, mask=live, other=0.0)
+        width = dims.V
+    b_r = 1.0 / tl.sqrt(b_sum / width + epilogue.eps)
+    p_r = locate(outputs.rstd, i_b, i_h, t) + rows * outputs.rstd.time
+    if norm.KIND == "model":
+        if i_h + i_slice == 0:
+            tl.store(p_r, b_r, mask=live)
+    elif i_slice == 0:
+        tl.store(p_r, b_r, mask=live)
+
+    # The rows were left divided by this; rows of zeros as they are.
+    b_own = tl.load(p_squares + i_h * NV + i_slice, mask=live, other=0.0)
+    b_own = tl.sqrt(b_own / dims.BV)
+    store = outputs.out if outputs.y is None else outputs.y
+    p_store = locate(store, i_b, i_h, t)
+    b_y = load_slice(p_store, store, rows, live, i_v, dims.V, dims.BV).to(tl.float32)
+    b_y = b_y * (b_own * b_r)[:, None]
+    if outputs.y is not None:
+        store_slice(p_store, store, rows, live, b_y, i_v, dims.V, dims.BV)
+    b_y = weigh_and_gate(
+        b_y, epilogue, i_b, i_h, t, rows, live, i_v, dims.V, dims.BV, norm.ACTIVATION
+    )
+    out = outputs.out
+    store_slice(locate(out, i_b, i_h, t), out, rows, live, b_y, i_v, dims.V, dims.BV)
