@@ -17,6 +17,8 @@ USER_ERROR = 2  # exit code of everything that the user can mend
 COMMANDS = {
     "verify": "compare every usable implementation with float64",
     "speed": "time the implementations beside their peers and the floor",
+    "compile": "compile the Triton kernels for every chip, without a GPU",
+    "tune": "find tile sizes for one kernel: prune without a GPU, time on one",
     "logits": "train small language models and record how their logits grow",
     "report": "tables, plots and one HTML page from the results in a folder",
 }

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
-
-NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 SOFTMAX = frozenset({"gated_sdpa", "ls_attention", "diag_attention", "attention_decode"})
 DECODE = frozenset({"attention_decode", "linear_attention_decode"})
@@ -49,7 +46,7 @@ class Case:
     sequences: tuple[int, ...] = ()  # lengths of packed sequences; they add up to length
     steps: tuple[int, ...] = ()
     spread: float = 1.0  # standard deviation of q: larger means larger logits
-    options: Mapping[str, Any] = field(default_factory=lambda: NO_OPTIONS)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def keys(self) -> int:

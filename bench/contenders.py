@@ -23,7 +23,7 @@ _DEFAULT_CACHE = 32 * 2**20
 _CACHE_SIZES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 # Relative error between two right results of different algorithms, far below that of a wrong one.
-_AGREEMENT = {
+AGREEMENT = {
     torch.float64: 1e-6,
     torch.float32: 1e-3,  # TF32 kernels included
     torch.float16: 1e-2,
@@ -164,7 +164,7 @@ def disagreement(candidate: Candidate, accepted: Sequence[Candidate]) -> str | N
     if other.shape != expected.shape:
         return f"not timed: its output is {tuple(other.shape)}, ours {tuple(expected.shape)}"
     difference = float((other.double() - expected.double()).norm() / expected.double().norm())
-    if difference <= _AGREEMENT[expected.dtype]:
+    if difference <= AGREEMENT[expected.dtype]:
         return None
     return f"not timed: its output differs from ours by {difference:.1e}"
 

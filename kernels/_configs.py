@@ -44,12 +44,12 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
     "softmax_forward": {
         "hopper": {
             64: Config(128, 64, 4, 3),
-            128: Config(128, 128, 8, 2),
-            256: Config(64, 64, 8, 2),
+            128: Config(128, 64, 8, 3),
+            256: Config(128, 32, 8, 2),
         },
         "ampere": {
-            64: Config(128, 64, 4, 3),
-            128: Config(128, 32, 4, 3),
+            64: Config(128, 64, 8, 3),
+            128: Config(128, 64, 8, 3),
             256: Config(64, 32, 8, 2),
         },
         "consumer": {
@@ -92,8 +92,8 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
     "softmax_backward_dkdv": {
         "hopper": {
             64: Config(64, 128, 8, 2),
-            128: Config(64, 128, 8, 2),
-            256: Config(32, 64, 8, 1),
+            128: Config(32, 128, 8, 2),
+            256: Config(32, 32, 8, 2),
         },
         "ampere": {
             64: Config(64, 64, 4, 2),

@@ -93,13 +93,18 @@ def softmax_backward_dq_kernel(
     RELU: tl.constexpr,
 ):
     """dq of ``BT`` queries of one head, over the tiles of ``BS`` keys that they see."""
+    K: tl.constexpr = dims.K
+    V: tl.constexpr = dims.V
+    BK: tl.constexpr = dims.BK
+    BV: tl.constexpr = dims.BV
+    GROUP: tl.constexpr = dims.GROUP
     BT: tl.constexpr = config.BT
     BS: tl.constexpr = config.BS
-    i_tile, i_b, i_rank, i_g = pick_tile(sizes, dims.GROUP, LAST_FIRST=True)
+    i_tile, i_b, i_rank, i_g = pick_tile(sizes, GROUP, LAST_FIRST=True)
     i_kv = tl.load(bands + 3 * i_rank)
     left = tl.load(bands + 3 * i_rank + 1)
     right = tl.load(bands + 3 * i_rank + 2)
-    i_h = i_kv * dims.GROUP + i_g
+    i_h = i_kv * GROUP + i_g
     start, queries, first = find_rows(i_tile, sizes.queries >> 1, cu_seqlens, sizes, BT)
     keys = queries
     if cu_seqlens is None and sizes.block is None:
@@ -108,15 +113,12 @@ def softmax_backward_dq_kernel(
     rows = tl.arange(0, BT)
     cols = tl.arange(0, BS)
     live = first + rows < queries
-    b_q = load_rows(locate(q, i_b, i_h, start + first), q, rows, live, dims.K, dims.BK)
-    b_do = load_rows(locate(do, i_b, i_h, start + first), do, rows, live, dims.V, dims.BV)
-    b_lse = tl.zeros([BT], tl.float32)
-    b_delta = tl.zeros([BT], tl.float32)
-    if not RELU:
-        heads = (sizes.kv_heads >> 1) * dims.GROUP
-        offset = tl.cast(i_b * heads + i_h, tl.int64) * (sizes.queries >> 1) + start + first
-        b_lse = tl.load(lse + offset + rows, mask=live, other=0.0) * LOG2_E
-        b_delta = tl.load(delta + offset + rows, mask=live, other=0.0)
+    b_q = load_rows(locate(q, i_b, i_h, start + first), q, rows, live, K, BK)
+    b_do = load_rows(locate(do, i_b, i_h, start + first), do, rows, live, V, BV)
+    heads = (sizes.kv_heads >> 1) * GROUP
+    offset = tl.cast(i_b * heads + i_h, tl.int64) * (sizes.queries >> 1) + start + first
+    b_lse = load_statistic(lse, offset, rows, live) * LOG2_E
+    b_delta = load_statistic(delta, offset, rows, live)
     p_k = locate(k, i_b, i_kv, start)
     p_v = locate(v, i_b, i_kv, start)
 
@@ -129,31 +131,32 @@ def softmax_backward_dq_kernel(
         tl.minimum(position + right + 1, keys),
         BS,
     )
+    low = position + rows - left + 1  # a row sees the keys [low, high)
+    high = tl.minimum(position + rows + right + 1, keys)
     if first >= queries:
         end = begin
         free = begin
         edge = begin
     factor = scale if RELU else scale * LOG2_E
-    b_dq = tl.zeros([BT, dims.BK], tl.float32)
+    b_dq = tl.zeros([BT, BK], tl.float32)
     for n in tl.range(0, free - begin + end - edge):
         i_s = masked_tile(n, begin, free, edge) * BS
         exists = i_s + cols < keys
-        distance = position + rows[:, None] - (i_s + cols[None, :])
-        visible = (distance < left) & (distance >= -right) & exists[None, :]
-        b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, exists, dims.K, dims.BK)
-        b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, exists, dims.V, dims.BV)
+        visible = (i_s + cols[None, :] >= low[:, None]) & (i_s + cols[None, :] < high[:, None])
+        b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, exists, K, BK)
+        b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, exists, V, BV)
         b_p = probabilities(dot(b_q, tl.trans(b_k)), factor, b_lse[:, None], visible, RELU)
         b_ds = logit_gradients(b_p, dot(b_do, tl.trans(b_v)), b_delta[:, None], RELU)
         b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
     for i_tile_s in tl.range(free, edge):
         i_s = i_tile_s * BS
-        b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, None, dims.K, dims.BK)
-        b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, None, dims.V, dims.BV)
+        b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, None, K, BK)
+        b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, None, V, BV)
         b_p = probabilities(dot(b_q, tl.trans(b_k)), factor, b_lse[:, None], None, RELU)
         b_ds = logit_gradients(b_p, dot(b_do, tl.trans(b_v)), b_delta[:, None], RELU)
         b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
     b_dq = b_dq * scale
-    store_rows(locate(dq, i_b, i_h, start + first), dq, rows, live, b_dq, dims.K, dims.BK)
+    store_rows(locate(dq, i_b, i_h, start + first), dq, rows, live, b_dq, K, BK)
 
 
 @triton.jit
@@ -179,6 +182,11 @@ def softmax_backward_dkdv_kernel(
     Scores are computed transposed, ``[BS, BT]``: Triton before 3.7.1 miscompiles products with a
     transposed accumulator on Hopper.
     """
+    K: tl.constexpr = dims.K
+    V: tl.constexpr = dims.V
+    BK: tl.constexpr = dims.BK
+    BV: tl.constexpr = dims.BV
+    GROUP: tl.constexpr = dims.GROUP
     BT: tl.constexpr = config.BT
     BS: tl.constexpr = config.BS
     i_tile, i_b, i_rank, _ = pick_tile(sizes, 1, LAST_FIRST=False)
@@ -193,8 +201,8 @@ def softmax_backward_dkdv_kernel(
     cols = tl.arange(0, BS)
     rows = tl.arange(0, BT)
     exists = first + cols < keys
-    b_k = load_rows(locate(k, i_b, i_kv, start + first), k, cols, exists, dims.K, dims.BK)
-    b_v = load_rows(locate(v, i_b, i_kv, start + first), v, cols, exists, dims.V, dims.BV)
+    b_k = load_rows(locate(k, i_b, i_kv, start + first), k, cols, exists, K, BK)
+    b_v = load_rows(locate(v, i_b, i_kv, start + first), v, cols, exists, V, BV)
 
     # Query i stands at position i + shift and sees the keys that are less than left before it.
     shift = keys - queries
@@ -203,63 +211,68 @@ def softmax_backward_dkdv_kernel(
         first - right - shift,
         tl.minimum(last + left - shift, queries),
         last - right - shift,
-        first + left - shift,
+        tl.minimum(first + left - shift, queries),
         BT,
     )
+    low = first + cols - right - shift  # a key is seen by the queries [low, high)
+    high = first + cols + left - shift
     if first >= keys:
         end = begin
         free = begin
         edge = begin
     factor = scale if RELU else scale * LOG2_E
-    heads = (sizes.kv_heads >> 1) * dims.GROUP
-    b_dk = tl.zeros([BS, dims.BK], tl.float32)
-    b_dv = tl.zeros([BS, dims.BV], tl.float32)
-    for i_g in range(dims.GROUP):
-        i_h = i_kv * dims.GROUP + i_g
-        p_q = locate(q, i_b, i_h, start)
-        p_do = locate(do, i_b, i_h, start)
-        offset = tl.cast(i_b * heads + i_h, tl.int64) * (sizes.queries >> 1) + start
-        for n in tl.range(0, free - begin + end - edge):
-            i_t = masked_tile(n, begin, free, edge) * BT
-            distance = i_t + shift + rows[None, :] - (first + cols[:, None])
-            visible = (distance < left) & (distance >= -right)
-            live = i_t + rows < queries
-            b_q = load_rows(p_q + tl.cast(i_t, tl.int64) * q.time, q, rows, live, dims.K, dims.BK)
-            b_do = load_rows(
-                p_do + tl.cast(i_t, tl.int64) * do.time, do, rows, live, dims.V, dims.BV
-            )
-            b_lse, b_delta = load_statistics(lse, delta, offset + i_t, rows, live, RELU)
-            b_p = probabilities(dot(b_k, tl.trans(b_q)), factor, b_lse[None, :], visible, RELU)
-            b_dv = dot(b_p.to(b_do.dtype), b_do, b_dv)
-            b_ds = logit_gradients(b_p, dot(b_v, tl.trans(b_do)), b_delta[None, :], RELU)
-            b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
-        for i_tile_t in tl.range(free, edge):
-            i_t = i_tile_t * BT
-            live = i_t + rows < queries  # rows beyond the end load zeros, which add nothing
-            b_q = load_rows(p_q + tl.cast(i_t, tl.int64) * q.time, q, rows, live, dims.K, dims.BK)
-            b_do = load_rows(
-                p_do + tl.cast(i_t, tl.int64) * do.time, do, rows, live, dims.V, dims.BV
-            )
-            b_lse, b_delta = load_statistics(lse, delta, offset + i_t, rows, live, RELU)
-            b_p = probabilities(dot(b_k, tl.trans(b_q)), factor, b_lse[None, :], None, RELU)
-            b_dv = dot(b_p.to(b_do.dtype), b_do, b_dv)
-            b_ds = logit_gradients(b_p, dot(b_v, tl.trans(b_do)), b_delta[None, :], RELU)
-            b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
+    heads = (sizes.kv_heads >> 1) * GROUP
+    b_dk = tl.zeros([BS, BK], tl.float32)
+    b_dv = tl.zeros([BS, BV], tl.float32)
+    # One loop over the query heads of the group and their tiles: what a nested loop keeps between
+    # its iterations would not fit into registers.
+    edges = free - begin + end - edge
+    for n in tl.range(0, GROUP * edges):
+        i_h = i_kv * GROUP + n // edges
+        i_t = masked_tile(n % edges, begin, free, edge) * BT
+        live = i_t + rows < queries
+        visible = (i_t + rows[None, :] >= low[:, None]) & (i_t + rows[None, :] < high[:, None])
+        b_q = load_rows(locate(q, i_b, i_h, start + i_t), q, rows, live, K, BK)
+        b_do = load_rows(locate(do, i_b, i_h, start + i_t), do, rows, live, V, BV)
+        offset = tl.cast(i_b * heads + i_h, tl.int64) * (sizes.queries >> 1) + start + i_t
+        b_s = dot(b_k, tl.trans(b_q))  # [BS, BT]
+        b_lse = load_statistic(lse, offset, rows, live) * LOG2_E
+        b_p = probabilities(b_s, factor, b_lse[None, :], visible, RELU)
+        b_dv = dot(b_p.to(b_do.dtype), b_do, b_dv)
+        b_dp = dot(b_v, tl.trans(b_do))  # [BS, BT]
+        b_delta = load_statistic(delta, offset, rows, live)
+        b_ds = logit_gradients(b_p, b_dp, b_delta[None, :], RELU)
+        b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
+    inner = edge - free
+    for n in tl.range(0, GROUP * inner):
+        i_h = i_kv * GROUP + n // inner
+        i_t = (free + n % inner) * BT
+        b_q = load_rows(locate(q, i_b, i_h, start + i_t), q, rows, None, K, BK)
+        b_do = load_rows(locate(do, i_b, i_h, start + i_t), do, rows, None, V, BV)
+        offset = tl.cast(i_b * heads + i_h, tl.int64) * (sizes.queries >> 1) + start + i_t
+        b_s = dot(b_k, tl.trans(b_q))  # [BS, BT]
+        b_lse = load_statistic(lse, offset, rows, None) * LOG2_E
+        b_p = probabilities(b_s, factor, b_lse[None, :], None, RELU)
+        b_dv = dot(b_p.to(b_do.dtype), b_do, b_dv)
+        b_dp = dot(b_v, tl.trans(b_do))  # [BS, BT]
+        b_delta = load_statistic(delta, offset, rows, None)
+        b_ds = logit_gradients(b_p, b_dp, b_delta[None, :], RELU)
+        b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
     b_dk = b_dk * scale
-    store_rows(locate(dk, i_b, i_kv, start + first), dk, cols, exists, b_dk, dims.K, dims.BK)
-    store_rows(locate(dv, i_b, i_kv, start + first), dv, cols, exists, b_dv, dims.V, dims.BV)
+    store_rows(locate(dk, i_b, i_kv, start + first), dk, cols, exists, b_dk, K, BK)
+    store_rows(locate(dv, i_b, i_kv, start + first), dv, cols, exists, b_dv, V, BV)
 
 
 @triton.jit
-def load_statistics(lse, delta, offset, rows, live, RELU: tl.constexpr):
-    """Log-sum-exp to base 2 and D of a tile of rows."""
-    if RELU:
-        b_lse = tl.zeros_like(rows).to(tl.float32)
-        b_delta = b_lse
+def load_statistic(x, offset, rows, live):
+    """One number per row; zeros where there are none. ``live`` as in ``load_rows``."""
+    if x is None:
+        b_x = tl.zeros_like(rows).to(tl.float32)
+    elif live is None:
+        b_x = tl.load(x + offset + rows)
     else:
-        b_lse = tl.load(lse + offset + rows, mask=live, other=0.0) * LOG2_E
-        b_delta = tl.load(delta + offset + rows, mask=live, other=0.0)
-    return b_lse, b_delta
+        b_x = tl.load(x + offset + rows, mask=live, other=0.0)
+    return b_x
 
 
 @triton.jit

@@ -69,13 +69,18 @@ def softmax_forward_kernel(
     ACTIVATION: tl.constexpr,  # of the gate; None
     RELU: tl.constexpr,  # relu of the logits in place of their softmax
 ):
+    K: tl.constexpr = dims.K
+    V: tl.constexpr = dims.V
+    BK: tl.constexpr = dims.BK
+    BV: tl.constexpr = dims.BV
+    GROUP: tl.constexpr = dims.GROUP
     BT: tl.constexpr = config.BT
     BS: tl.constexpr = config.BS
-    i_tile, i_b, i_rank, i_g = pick_tile(sizes, dims.GROUP, LAST_FIRST=True)
+    i_tile, i_b, i_rank, i_g = pick_tile(sizes, GROUP, LAST_FIRST=True)
     i_kv = tl.load(bands + 3 * i_rank)
     left = tl.load(bands + 3 * i_rank + 1)
     right = tl.load(bands + 3 * i_rank + 2)
-    i_h = i_kv * dims.GROUP + i_g
+    i_h = i_kv * GROUP + i_g
     start, queries, first = find_rows(i_tile, sizes.queries >> 1, cu_seqlens, sizes, BT)
     keys = queries
     if cu_seqlens is None and sizes.block is None:
@@ -84,7 +89,7 @@ def softmax_forward_kernel(
     rows = tl.arange(0, BT)
     live = first + rows < queries
     p_q = locate(q, i_b, i_h, start + first)
-    b_q = load_rows(p_q, q, rows, live, dims.K, dims.BK)  # [BT, BK]
+    b_q = load_rows(p_q, q, rows, live, K, BK)  # [BT, BK]
     p_k = locate(k, i_b, i_kv, start)
     p_v = locate(v, i_b, i_kv, start)
 
@@ -98,11 +103,13 @@ def softmax_forward_kernel(
         tl.minimum(position + right + 1, keys),
         BS,
     )
+    low = position + rows - left + 1  # a row sees the keys [low, high)
+    high = tl.minimum(position + rows + right + 1, keys)
     if first >= queries:
         end = begin
         free = begin
         edge = begin
-    b_o = tl.zeros([BT, dims.BV], tl.float32)
+    b_o = tl.zeros([BT, BV], tl.float32)
     b_m = tl.full([BT], float("-inf"), tl.float32)  # largest logit so far
     b_l = tl.zeros([BT], tl.float32)  # sum of exp2(logit - b_m)
     factor = scale if RELU else scale * LOG2_E  # logits of a softmax are kept to base 2
@@ -111,21 +118,20 @@ def softmax_forward_kernel(
     for n in tl.range(0, free - begin + end - edge):
         i_s = masked_tile(n, begin, free, edge) * BS
         exists = i_s + cols < keys
-        distance = position + rows[:, None] - (i_s + cols[None, :])
-        visible = (distance < left) & (distance >= -right) & exists[None, :]
-        b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, exists, dims.K, dims.BK)
-        b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, exists, dims.V, dims.BV)
+        visible = (i_s + cols[None, :] >= low[:, None]) & (i_s + cols[None, :] < high[:, None])
+        b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, exists, K, BK)
+        b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, exists, V, BV)
         b_s = dot(b_q, tl.trans(b_k))  # [BT, BS]
         b_o, b_m, b_l = accumulate(b_o, b_m, b_l, b_s, b_v, factor, visible, RELU, WITH_MAX)
     for i_tile_s in tl.range(free, edge):
         i_s = i_tile_s * BS
-        b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, None, dims.K, dims.BK)
-        b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, None, dims.V, dims.BV)
+        b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, None, K, BK)
+        b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, None, V, BV)
         b_s = dot(b_q, tl.trans(b_k))  # [BT, BS]
         b_o, b_m, b_l = accumulate(b_o, b_m, b_l, b_s, b_v, factor, None, RELU, WITH_MAX)
 
     batch = sizes.batch >> 1
-    heads = (sizes.kv_heads >> 1) * dims.GROUP
+    heads = (sizes.kv_heads >> 1) * GROUP
     if not RELU:
         blind = b_l == 0  # rows that see nothing give 0
         b_l = tl.where(blind, 1.0, b_l)
@@ -144,6 +150,6 @@ def softmax_forward_kernel(
         if gate.dim is None:  # one logit per head
             b_gate = tl.load(p_gate + rows * gate.time, mask=live, other=0.0)[:, None]
         else:
-            b_gate = load_rows(p_gate, gate, rows, live, dims.V, dims.BV)
+            b_gate = load_rows(p_gate, gate, rows, live, V, BV)
         b_o = b_o * activate(b_gate.to(tl.float32), ACTIVATION)
-    store_rows(locate(out, i_b, i_h, start + first), out, rows, live, b_o, dims.V, dims.BV)
+    store_rows(locate(out, i_b, i_h, start + first), out, rows, live, b_o, V, BV)

@@ -1,0 +1,171 @@
+"""The calls that ``python -m bench compile`` compiles, and what it accepts.
+
+A family of kernels joins with a function that turns a case and its tensors into calls of the
+launchers, and with its cases in :func:`compile_cases`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from attnvariants import _checks
+from bench.cases import Case
+
+HALF = ("bfloat16", "float16")
+Calls: TypeAlias = Mapping[str, Callable[[], Any]]  # by name, in the order in which they run
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One case in one dtype.
+
+    ``launchers(case, tensors)`` gives the calls; it belongs to a module, so that it can travel to
+    another process. ``kernels`` are the names in the configuration tables, each with the call that
+    launches it. In half precision every kernel has to use tensor cores, but those in
+    ``without_dots``. ``quick``: part of the cases that reach every configuration.
+    """
+
+    case: Case
+    dtype: str
+    launchers: Callable[[Case, dict[str, Tensor]], Calls]
+    kernels: Mapping[str, str]
+    without_dots: tuple[str, ...] = ()
+    quick: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.case.name
+
+    def calls(self, device: str) -> Calls:
+        """What the case runs, on random tensors."""
+        return self.launchers(self.case, self.case.tensors(getattr(torch, self.dtype), device))
+
+    def needs_tensor_cores(self, kernel: str) -> bool:
+        """Whether ``kernel`` would be slow without them; float32 is multiplied exactly instead."""
+        return self.dtype in HALF and table_name(kernel) not in self.without_dots
+
+
+def table_name(kernel: str) -> str:
+    """The name in the configuration tables of a kernel's function."""
+    return kernel.removesuffix("_kernel")
+
+
+@dataclass(frozen=True)
+class AcceptedSpill:
+    """A kernel that may spill up to ``stack`` bytes per thread on some chips, and why."""
+
+    kernel: str
+    archs: tuple[int, ...]
+    stack: int
+    reason: str
+    case: str = ""  # part of the case's name
+
+    def covers(self, kernel: str, arch: int, case: CompileCase) -> bool:
+        return kernel == self.kernel and arch in self.archs and self.case in case.label
+
+
+ACCEPTED: tuple[AcceptedSpill, ...] = ()
+
+
+# --- softmax attention ---------------------------------------------------------------------------
+
+_SOFTMAX_KERNELS = {
+    "softmax_forward": "forward",
+    "softmax_backward_rows": "backward",
+    "softmax_backward_dq": "backward",
+    "softmax_backward_dkdv": "backward",
+}
+_WITHOUT_DOTS = ("softmax_backward_rows",)  # reads every row once
+_HEAD_DIMS = ((16, 16), (32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+_BUCKETS = ((64, 64), (128, 128), (256, 256))  # of the configuration tables
+
+# Everything at once: what takes most registers and shared memory.
+_HEAVY: dict[str, Any] = {
+    "length": 256,
+    "heads": 4,
+    "kv_heads": 2,
+    "gate": "elementwise",
+    "sequences": (100, 0, 156),
+    "options": {"window": (64, None), "return_stats": True},
+}
+_FEATURES: dict[str, dict[str, Any]] = {
+    "no gate": {"batch": 2, "length": 256},
+    "headwise gate, window": {
+        "batch": 2,
+        "length": 256,
+        "gate": "headwise",
+        "options": {"window": 64},
+    },
+    "not causal, elementwise gate, stats": {
+        "batch": 2,
+        "length": 64,
+        "key_length": 256,
+        "gate": "elementwise",
+        "options": {"causal": False, "gate_activation": "softplus", "return_stats": True},
+    },
+}
+
+
+def softmax(case: Case, tensors: dict[str, Tensor]) -> Calls:
+    """Forward and backward behind ``gated_sdpa`` and ``ls_attention``."""
+    kernels: Any = importlib.import_module("attnvariants.kernels.softmax")
+    q, k, v = (tensors[name] for name in "qkv")
+    gate, cu_seqlens = tensors.get("gate"), tensors.get("cu_seqlens")
+    window = case.options.get("window")
+    windows = _checks.windows(case.function, window, case.key_heads)
+    activation = None if gate is None else case.options.get("gate_activation", "sigmoid")
+    options = (windows, case.causal, case.key_dim**-0.5, activation)
+    stats = bool(case.options.get("return_stats"))
+
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
+        return kernels.forward(q, k, v, gate, cu_seqlens, *options, stats)
+
+    def backward() -> tuple[Tensor, ...]:
+        dout, out, lse = given()
+        return kernels.backward(dout, None, q, k, v, gate, out, lse, cu_seqlens, *options)
+
+    @functools.cache
+    def given() -> tuple[Tensor, Tensor, Tensor]:
+        out, lse, _ = forward()
+        return torch.ones_like(out), out, lse
+
+    return {"forward": forward, "backward": backward}
+
+
+def _softmax_cases() -> list[CompileCase]:
+    def make(
+        dims: tuple[int, int], dtype: str, name: str, features: dict[str, Any], quick: bool
+    ) -> CompileCase:
+        key_dim, value_dim = dims
+        size = f"K={key_dim}" + (f" V={value_dim}" if value_dim != key_dim else "")
+        case = Case(
+            "gated_sdpa", f"{size} {name}", key_dim=key_dim, value_dim=value_dim, **features
+        )
+        return CompileCase(case, dtype, softmax, _SOFTMAX_KERNELS, _WITHOUT_DOTS, quick)
+
+    found = []
+    for dims in _HEAD_DIMS:
+        found.append(make(dims, "bfloat16", "all features", _HEAVY, dims in _BUCKETS))
+        for name, features in _FEATURES.items():
+            found.append(make(dims, "bfloat16", name, features, False))
+    for dims in _BUCKETS:
+        found.append(make(dims, "float16", "all features", _HEAVY, False))
+    for dims in (*_BUCKETS, (96, 96)):
+        found.append(make(dims, "float32", "all features", _HEAVY, dims in _BUCKETS))
+        found.append(make(dims, "float32", "no gate", _FEATURES["no gate"], False))
+    unaligned = {**_HEAVY, "gate": None}
+    found.append(make((100, 100), "bfloat16", "unaligned strides", unaligned, False))
+    return found
+
+
+def compile_cases(*, quick: bool = False) -> list[CompileCase]:
+    """All cases, or those that reach every entry of the configuration tables once."""
+    cases = _softmax_cases()
+    return [case for case in cases if case.quick or not quick]
