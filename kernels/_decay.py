@@ -5,13 +5,13 @@ S = 1, 2, 4, ...: that is their level. With b the last row of the lower half
 
     exp(G_i - G_j) = exp(G_i - G_b) exp(G_b - G_j),
 
-and both exponents are sums over the rows between, never positive. ``before`` holds the sum from
-the start of a row's block of S rows to the row, itself included; ``after`` that from behind the row
-to the end of its block. A row is a query or a key of a level, so one exponential serves it. From
-level to level the blocks merge by adding the sum of the neighbour. No difference of cumulative
-sums appears: nothing overflows, no digits cancel, and ``-inf`` stays a number.
+and both exponents are sums of log-decays over the rows between, never positive. A row is either a
+query or a key of a level, so one exponential serves it. No difference of cumulative sums appears:
+nothing overflows, and no digits cancel.
 
-Log-decays are to base 2. Their tiles are ``[BT, BD]``, ``BD`` = ``BK`` per channel or 1 per token.
+Sums per channel are products with matrices of zeros and ones on tensor cores. bf16 holds those, and
+two or three bf16 parts hold a log-decay; products and sums of them are exact or rounded to float32.
+Log-decays are to base 2 and end at ``NOTHING``: where one is smaller, ``exp2`` is 0 in any case.
 """
 
 from __future__ import annotations
@@ -19,103 +19,169 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnvariants.kernels._tiles import LN_2, product
+from attnvariants.kernels._tiles import LN_2, LOG2_E, dot, narrow, product
+
+NOTHING = tl.constexpr(-8192.0)  # exp2 of it is 0, and 0 times it is 0, unlike of -inf
 
 
 @triton.jit
-def upper_half(S: tl.constexpr, BT: tl.constexpr):
-    """Which rows ``[BT, 1]`` lie in the upper half of their block of ``2 S`` rows."""
-    return (tl.arange(0, BT)[:, None] & S) != 0
+def to_base_2(b_g):
+    """Log-decays in float32 to base 2; ``-inf`` becomes finite."""
+    return tl.maximum(b_g.to(tl.float32) * LOG2_E, NOTHING)
 
 
 @triton.jit
-def same_block(SIZE: tl.constexpr, BT: tl.constexpr):
-    """Which pairs ``[BT, BT]`` lie in the same block of ``SIZE`` rows."""
-    rows = tl.arange(0, BT) // SIZE
-    return rows[:, None] == rows[None, :]
+def sum_rows(picks, b_x, like):
+    """``picks @ x``: sums of the rows of ``x [BT, BD]`` that a mask ``[BT, BT]`` picks.
+
+    Exact to 16 bits of every term for 16-bit inputs ``like``, and to all 24 for float32.
+    """
+    b_m = tl.where(picks, 1.0, 0.0).to(tl.bfloat16)
+    b_part = narrow(b_x, tl.bfloat16)
+    b_rest = b_x - b_part.to(tl.float32)
+    b_sum = dot(b_m, b_part)
+    b_part = narrow(b_rest, tl.bfloat16)
+    b_sum += dot(b_m, b_part)
+    if like.ptr.dtype.element_ty == tl.float32:
+        b_rest -= b_part.to(tl.float32)
+        b_sum += dot(b_m, narrow(b_rest, tl.bfloat16))
+    return b_sum
 
 
 @triton.jit
-def merge(before, after, S: tl.constexpr):
-    """``before`` and ``after`` of blocks of ``2 S`` rows, from those of blocks of S."""
-    BT: tl.constexpr = before.shape[0]
-    BD: tl.constexpr = before.shape[1]
-    half = tl.arange(0, 2)[None, :, None, None]
-    sums = tl.reshape(before + after, (BT // (2 * S), 2, S, BD))  # of a row's own block
-    lower = tl.sum(tl.where(half == 0, sums, 0.0), axis=1, keep_dims=True)
-    upper = tl.sum(tl.where(half == 1, sums, 0.0), axis=1, keep_dims=True)
-    neighbour = tl.reshape(tl.where(half == 0, upper, lower), (BT, BD))
-    is_upper = upper_half(S, BT)
-    before = tl.where(is_upper, before + neighbour, before)
-    after = tl.where(is_upper, after, after + neighbour)
-    return before, after
+def sum_columns(b_x, picks, like):
+    """``x @ picks``: the same for the columns of ``x [BD, BT]``."""
+    b_m = tl.where(picks, 1.0, 0.0).to(tl.bfloat16)
+    b_part = narrow(b_x, tl.bfloat16)
+    b_rest = b_x - b_part.to(tl.float32)
+    b_sum = dot(b_part, b_m)
+    b_part = narrow(b_rest, tl.bfloat16)
+    b_sum += dot(b_part, b_m)
+    if like.ptr.dtype.element_ty == tl.float32:
+        b_rest -= b_part.to(tl.float32)
+        b_sum += dot(narrow(b_rest, tl.bfloat16), b_m)
+    return b_sum
 
 
 @triton.jit
-def chunk_sums(b_g):
-    """``before`` and ``after`` with the whole chunk as one block."""
+def since_start(b_g, like, KIND: tl.constexpr):
+    """``G_i``: the sum up to a row, itself included, for ``g [BT, BK]`` or, per "token", [BT, 1]."""
     BT: tl.constexpr = b_g.shape[0]
-    before = b_g
-    after = tl.zeros_like(b_g)
-    S: tl.constexpr = 1
-    for level in tl.static_range(16):
-        if (S << level) < BT:
-            before, after = merge(before, after, S << level)
-    return before, after
+    rows = tl.arange(0, BT)
+    picks = rows[None, :] <= rows[:, None]
+    if KIND == "channel":
+        b_sum = sum_rows(picks, b_g, like)
+    else:
+        b_sum = tl.sum(tl.where(picks, tl.trans(b_g), 0.0), 1)[:, None]
+    return b_sum
 
 
 @triton.jit
-def channel_scores(b_q, b_k, b_g, like, TRANSPOSED: tl.constexpr):
-    """``sum_x q_ix k_jx exp(G_ix - G_jx)`` for i >= j, else 0; and ``before``, ``after``.
+def until_end(b_g, like, KIND: tl.constexpr):
+    """``G_C - G_j``: the sum behind a row."""
+    BT: tl.constexpr = b_g.shape[0]
+    rows = tl.arange(0, BT)
+    picks = rows[None, :] > rows[:, None]
+    if KIND == "channel":
+        b_sum = sum_rows(picks, b_g, like)
+    else:
+        b_sum = tl.sum(tl.where(picks, tl.trans(b_g), 0.0), 1)[:, None]
+    return b_sum
 
-    ``[BT, BT]``, queries along the rows, or keys if ``TRANSPOSED``.
+
+@triton.jit
+def since_start_t(b_g, like, KIND: tl.constexpr):
+    """The transpose of :func:`since_start`.
+
+    A product of its own: transposed results of products must not be operands of others, which
+    Triton before 3.7.1 compiles wrongly for Hopper.
+    """
+    BT: tl.constexpr = b_g.shape[0]
+    rows = tl.arange(0, BT)
+    picks = rows[:, None] <= rows[None, :]
+    if KIND == "channel":
+        b_sum = sum_columns(tl.trans(b_g), picks, like)
+    else:
+        b_sum = tl.sum(tl.where(picks, b_g, 0.0), 0)[None, :]
+    return b_sum
+
+
+@triton.jit
+def until_end_t(b_g, like, KIND: tl.constexpr):
+    """The transpose of :func:`until_end`."""
+    BT: tl.constexpr = b_g.shape[0]
+    rows = tl.arange(0, BT)
+    picks = rows[:, None] > rows[None, :]
+    if KIND == "channel":
+        b_sum = sum_columns(tl.trans(b_g), picks, like)
+    else:
+        b_sum = tl.sum(tl.where(picks, b_g, 0.0), 0)[None, :]
+    return b_sum
+
+
+@triton.jit
+def level_decay(b_g, level, like):
+    """The factors ``[BT, BK]`` of every row at a level, and whether a row is a query there."""
+    BT: tl.constexpr = b_g.shape[0]
+    rows = tl.arange(0, BT)
+    half = rows >> level
+    is_query = (half & 1) == 1
+    # Of its half a query takes the rows up to itself, a key those behind it.
+    near = (rows[None, :] <= rows[:, None]) == is_query[:, None]
+    picks = (half[:, None] == half[None, :]) & near
+    return tl.exp2(sum_rows(picks, b_g, like)), is_query[:, None]
+
+
+@triton.jit
+def same_block(level, BT: tl.constexpr):
+    """Which pairs ``[BT, BT]`` lie in the same block of a level."""
+    block = tl.arange(0, BT) >> (level + 1)
+    return block[:, None] == block[None, :]
+
+
+@triton.jit
+def count_levels(BT: tl.constexpr):
+    """``log2(BT)``, in a loop's bound that the compiler does not unroll by."""
+    levels = 0
+    for n in tl.static_range(16):
+        if (1 << n) < BT:
+            levels = n + 1
+    return levels
+
+
+@triton.jit
+def add_channel_scores(b_a, b_q, b_k, b_g, like, TRANSPOSED: tl.constexpr):
+    """``A + sum_x q_ix k_jx exp(G_ix - G_jx)`` for i >= j, ``[BT, BT]``, over a slice of channels.
+
+    Queries along the rows, or keys if ``TRANSPOSED``.
     """
     BT: tl.constexpr = b_q.shape[0]
     rows = tl.arange(0, BT)
-    diagonal = rows[:, None] == rows[None, :]
-    b_a = tl.where(diagonal, tl.sum(b_q * b_k, 1)[:, None], 0.0)
-    before = b_g
-    after = tl.zeros_like(b_g)
-    S: tl.constexpr = 1
-    for level in tl.static_range(16):
-        if (S << level) < BT:
-            is_query = upper_half(S << level, BT)
-            b_e = tl.exp2(tl.where(is_query, before, after))
-            b_qs = tl.where(is_query, b_q * b_e, 0.0)
-            b_ks = tl.where(is_query, 0.0, b_k * b_e)
-            if TRANSPOSED:
-                b_pairs = product(b_ks, tl.trans(b_qs), like)
-            else:
-                b_pairs = product(b_qs, tl.trans(b_ks), like)
-            if (S << level) * 2 < BT:
-                b_pairs = tl.where(same_block((S << level) * 2, BT), b_pairs, 0.0)
-            b_a += b_pairs
-            before, after = merge(before, after, S << level)
-    return b_a, before, after
+    b_a += tl.where(rows[:, None] == rows[None, :], tl.sum(b_q * b_k, 1)[:, None], 0.0)
+    for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
+        b_e, is_query = level_decay(b_g, level, like)
+        b_qs = tl.where(is_query, b_q * b_e, 0.0)
+        b_ks = tl.where(is_query, 0.0, b_k * b_e)
+        if TRANSPOSED:
+            b_pairs = product(b_ks, tl.trans(b_qs), like)
+        else:
+            b_pairs = product(b_qs, tl.trans(b_ks), like)
+        b_a += tl.where(same_block(level, BT), b_pairs, 0.0)
+    return b_a
 
 
 @triton.jit
 def token_decay(b_g, TRANSPOSED: tl.constexpr):
-    """``exp(G_i - G_j)`` for i >= j, else 0, as ``[BT, BT]``; and ``before``, ``after``."""
+    """``exp(G_i - G_j)`` for i >= j, else 0, as ``[BT, BT]``, from ``g [BT, 1]``."""
     BT: tl.constexpr = b_g.shape[0]
     rows = tl.arange(0, BT)
-    b_d = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
-    before = b_g
-    after = tl.zeros_like(b_g)
-    S: tl.constexpr = 1
-    for level in tl.static_range(16):
-        if (S << level) < BT:
-            is_query = upper_half(S << level, BT)
-            b_e = tl.exp2(tl.where(is_query, before, after))
-            b_qs = tl.where(is_query, b_e, 0.0)
-            b_ks = tl.where(is_query, 0.0, b_e)
-            if TRANSPOSED:
-                b_pairs = b_ks * tl.trans(b_qs)
-            else:
-                b_pairs = b_qs * tl.trans(b_ks)
-            b_d += tl.where(same_block((S << level) * 2, BT), b_pairs, 0.0)
-            before, after = merge(before, after, S << level)
-    return b_d, before, after
+    if TRANSPOSED:  # along the queries of a key, the sum begins behind the key
+        b_sum = tl.cumsum(tl.where(rows[:, None] < rows[None, :], tl.trans(b_g), 0.0), 1)
+        b_d = tl.where(rows[:, None] <= rows[None, :], tl.exp2(b_sum), 0.0)
+    else:
+        b_sum = tl.cumsum(tl.where(rows[:, None] > rows[None, :], b_g, 0.0), 0)
+        b_d = tl.where(rows[:, None] >= rows[None, :], tl.exp2(b_sum), 0.0)
+    return b_d
 
 
 @triton.jit
@@ -131,7 +197,7 @@ def expm1(x):
 
 @triton.jit
 def age(b_s, b_total):
-    """``exp(total) * S`` with the factor in two parts, for ``total`` that broadcasts to S.
+    """``exp2(total) * S`` with the factor in two parts, for ``total`` that broadcasts to S.
 
     One float32 close to 1 would be rounded the same way in every chunk of a constant decay.
     """

@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
 
     def dims(self, dims: Dims) -> Dims:
         """Head dims with these tiles."""
-        return Dims(dims.K, dims.V, self.BT, self.BK, self.BV)
+        return Dims(dims.K, dims.V, self.BT, self.BK, self.BV, min(self.BK, 32))
 
 
 def segment_length(sequences: int, tokens: int, programs: int, longest: int) -> int:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnvariants.kernels._decay import to_base_2
+from attnvariants.kernels._feature_map import apply_map
 from attnvariants.kernels._tiles import load_slice, locate, odd
 
 
@@ -62,6 +64,7 @@ class Dims(NamedTuple):
     BT: int
     BK: int
     BV: int
+    BC: int  # channels of the keys that are taken at a time for the scores
 
 
 @triton.jit
@@ -102,7 +105,7 @@ def first_slot(walk, i_n, first):
 
 
 @triton.jit
-def locate_state(states, walk, i_s, i_h, dims, i_k, i_v, TRANSPOSED: tl.constexpr):
+def locate_state(states, walk, i_s, i_h, dims: tl.constexpr, i_k, i_v, TRANSPOSED: tl.constexpr):
     """Addresses and mask of the tile ``[BK, BV]`` (or its transpose) of a state ``[S, H, K, V]``.
 
     The tile begins at channel ``i_k`` of the keys and ``i_v`` of the values.
@@ -121,13 +124,12 @@ def locate_state(states, walk, i_s, i_h, dims, i_k, i_v, TRANSPOSED: tl.constexp
 
 
 @triton.jit
-def load_state(states, walk, i_s, i_h, dims, i_k, i_v, TRANSPOSED: tl.constexpr):
+def load_state(states, walk, i_s, i_h, dims: tl.constexpr, i_k, i_v, TRANSPOSED: tl.constexpr):
     """A tile of a state, or zeros where ``states`` is ``None``."""
+    BK: tl.constexpr = dims.BK
+    BV: tl.constexpr = dims.BV
     if states is None:
-        if TRANSPOSED:
-            b_s = tl.zeros([dims.BV, dims.BK], tl.float32)
-        else:
-            b_s = tl.zeros([dims.BK, dims.BV], tl.float32)
+        b_s = tl.zeros([BV, BK] if TRANSPOSED else [BK, BV], tl.float32)
     else:
         p_s, mask = locate_state(states, walk, i_s, i_h, dims, i_k, i_v, TRANSPOSED)
         b_s = tl.load(p_s, mask=mask, other=0.0)
@@ -135,12 +137,38 @@ def load_state(states, walk, i_s, i_h, dims, i_k, i_v, TRANSPOSED: tl.constexpr)
 
 
 @triton.jit
-def load_log_decay(g, i_b, i_h, t, live, i_k, dims, KIND: tl.constexpr):
+def load_log_decay(
+    g, i_b, i_h, t, live, i_k, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
+):
     """The log-decays of a chunk to base 2: ``[BT, BK]`` per "channel", ``[BT, 1]`` per "token"."""
-    rows = tl.arange(0, dims.BT)
+    rows = tl.arange(0, live.shape[0])
     p_g = locate(g, i_b, i_h, t)
     if KIND == "channel":
-        b_g = load_slice(p_g, g, rows, live, i_k, dims.K, dims.BK)
+        b_g = load_slice(p_g, g, rows, live, i_k, K, BK)
     else:
         b_g = tl.load(p_g + rows * g.time, mask=live, other=0.0)[:, None]
-    return b_g.to(tl.float32) * 1.4426950408889634
+    return to_base_2(b_g)
+
+
+@triton.jit
+def load_features(x, i_b, i_h, t, live, i_k, K: tl.constexpr, BK: tl.constexpr, MAP: tl.constexpr):
+    """``phi(x)`` of a chunk in float32, ``[BT, BK]``; zero where there is nothing."""
+    rows = tl.arange(0, live.shape[0])
+    b_x = load_slice(locate(x, i_b, i_h, t), x, rows, live, i_k, K, BK).to(tl.float32)
+    b_x = apply_map(b_x, MAP)
+    if MAP == "elu+1":  # phi(0) is 1
+        cols = i_k + tl.arange(0, BK)
+        b_x = tl.where(live[:, None] & (cols[None, :] < K), b_x, 0.0)
+    return b_x
+
+
+@triton.jit
+def load_row_scale(rstd, scale, i_b, i_h, t, live):
+    """What multiplies the queries ``[BT, 1]``: ``scale * r``, or ``scale`` without a norm."""
+    BT: tl.constexpr = live.shape[0]
+    if rstd is None:
+        b_r = tl.full([BT, 1], 1.0, tl.float32) * scale
+    else:
+        p_r = locate(rstd, i_b, i_h, t) + tl.arange(0, BT) * rstd.time
+        b_r = tl.load(p_r, mask=live, other=0.0)[:, None] * scale
+    return b_r

@@ -107,7 +107,7 @@ class _Call:
         self.kind = Kind(decay, feature_map, causal)
         self.g = None if g is None else strided(g)
         self.inputs = (strided(q), strided(k), strided(v), self.g)
-        self.dims = Dims(q.shape[3], self.value_dim, 0, 0, 0)
+        self.dims = Dims(q.shape[3], self.value_dim, 0, 0, 0, 0)
 
     def tiles(self, kernel: str) -> Tiles:
         """The tile sizes of ``kernel`` for this call."""

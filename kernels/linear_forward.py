@@ -17,11 +17,23 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attnvariants.kernels._decay import channel_scores, token_decay
+from attnvariants.kernels._decay import (
+    add_channel_scores,
+    age,
+    since_start,
+    token_decay,
+    until_end_t,
+)
 from attnvariants.kernels._feature_map import apply_map
 from attnvariants.kernels._tiles import load_slice, locate, product, store_slice
-from attnvariants.kernels._walk import find_segment, load_log_decay, load_state, locate_state
-from attnvariants.kernels.linear_states import age, load_features
+from attnvariants.kernels._walk import (
+    find_segment,
+    load_features,
+    load_log_decay,
+    load_row_scale,
+    load_state,
+    locate_state,
+)
 
 
 class Epilogue(NamedTuple):
@@ -50,31 +62,37 @@ class Norm(NamedTuple):
 
 
 @triton.jit
-def chunk_scores(b_q, b_k, b_g, like, DECAY: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """``A_ij`` for i >= j, else 0, ``[BT, BT]`` with keys along the rows if ``TRANSPOSED``;
+def chunk_scores(
+    q, k, g, rstd, scale, i_b, i_h, t, live, dims: tl.constexpr, kind: tl.constexpr, T: tl.constexpr
+):
+    """``A_ij`` of a chunk for i >= j, else 0, ``[BT, BT]``, with keys along the rows if ``T``.
 
-    and the sums of log-decays before and behind every row, ``None`` without a decay.
+    Takes a slice of the channels at a time, so that few tiles live at once.
     """
-    BT: tl.constexpr = b_q.shape[0]
-    before = None
-    after = None
-    if DECAY == "channel":
-        b_a, before, after = channel_scores(b_q, b_k, b_g, like, TRANSPOSED)
-    else:
-        if TRANSPOSED:
-            b_a = product(b_k, tl.trans(b_q), like)
+    BT: tl.constexpr = dims.BT
+    BC: tl.constexpr = dims.BC
+    b_a = tl.zeros([BT, BT], tl.float32)
+    for i_k in tl.range(0, dims.K, BC, loop_unroll_factor=1):
+        b_q = load_features(q, i_b, i_h, t, live, i_k, dims.K, BC, kind.FEATURE_MAP)
+        b_k = load_features(k, i_b, i_h, t, live, i_k, dims.K, BC, kind.FEATURE_MAP)
+        b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, live)
+        if kind.DECAY == "channel":
+            b_g = load_log_decay(g, i_b, i_h, t, live, i_k, dims.K, BC, "channel")
+            b_a = add_channel_scores(b_a, b_q, b_k, b_g, q, T)
+        elif T:
+            b_a += product(b_k, tl.trans(b_q), q)
         else:
-            b_a = product(b_q, tl.trans(b_k), like)
-        if DECAY == "token":
-            b_d, before, after = token_decay(b_g, TRANSPOSED)
-            b_a = b_a * b_d
+            b_a += product(b_q, tl.trans(b_k), q)
+    if kind.DECAY == "token":
+        b_g = load_log_decay(g, i_b, i_h, t, live, 0, dims.K, BC, "token")
+        b_a = b_a * token_decay(b_g, T)
+    elif kind.DECAY is None:
+        rows = tl.arange(0, BT)
+        if T:
+            b_a = tl.where(rows[:, None] <= rows[None, :], b_a, 0.0)
         else:
-            rows = tl.arange(0, BT)
-            if TRANSPOSED:
-                b_a = tl.where(rows[:, None] <= rows[None, :], b_a, 0.0)
-            else:
-                b_a = tl.where(rows[:, None] >= rows[None, :], b_a, 0.0)
-    return b_a, before, after
+            b_a = tl.where(rows[:, None] >= rows[None, :], b_a, 0.0)
+    return b_a
 
 
 @triton.jit
@@ -143,23 +161,25 @@ def linear_forward_kernel(
     b_s = load_state(start, walk, i_start, i_h, dims, 0, i_v, False)  # [BK, BV]
     for t in tl.range(begin, end, BT):
         live = t + rows < end
-        b_q = load_features(q, i_b, i_h, t, live, 0, dims, kind.FEATURE_MAP)  # [BT, BK]
         if kind.CAUSAL:
-            b_k = load_features(k, i_b, i_h, t, live, 0, dims, kind.FEATURE_MAP)
+            b_a = chunk_scores(q, k, g, None, 1.0, i_b, i_h, t, live, dims, kind, False)
+            b_q = load_features(q, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
+            b_k = load_features(k, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
             b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i_v, dims.V, dims.BV)
             b_g = None
             if kind.DECAY is not None:
-                b_g = load_log_decay(g, i_b, i_h, t, live, 0, dims, kind.DECAY)
-            b_a, before, after = chunk_scores(b_q, b_k, b_g, q, kind.DECAY, False)
+                b_g = load_log_decay(g, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.DECAY)
             b_o = product(b_a, b_v, q)  # [BT, BV]
+            b_kt = tl.trans(b_k)
             if kind.DECAY is not None:
-                b_q = b_q * tl.exp2(before)
-                b_k = b_k * tl.exp2(after)
-            b_o = product(b_q, b_s, q, b_o)
+                b_q = b_q * tl.exp2(since_start(b_g, q, kind.DECAY))
+                b_kt = b_kt * tl.exp2(until_end_t(b_g, q, kind.DECAY))
+            b_o += product(b_q, b_s, q)
             if kind.DECAY is not None:
                 b_s = age(b_s, tl.sum(b_g, 0)[:, None])
-            b_s = product(tl.trans(b_k), b_v, q, b_s)
+            b_s += product(b_kt, b_v, q)
         else:
+            b_q = load_features(q, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
             b_o = product(b_q, b_s, q)
         b_o = b_o * scale
 

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from attnvariants.kernels._decay import age, chunk_sums
-from attnvariants.kernels._feature_map import apply_map
+from attnvariants.kernels._decay import age, since_start_t, until_end_t
 from attnvariants.kernels._tiles import load_slice, locate, product
 from attnvariants.kernels._walk import (
     find_segment,
     first_slot,
+    load_features,
     load_log_decay,
+    load_row_scale,
     load_state,
     locate_state,
 )
@@ -31,43 +32,20 @@ class Kind(NamedTuple):
 
 
 @triton.jit
-def load_features(x, i_b, i_h, t, live, i_k, dims, MAP: tl.constexpr):
-    """``phi(x)`` of a chunk in float32, ``[BT, BK]``; zero where there is nothing."""
-    p_x = locate(x, i_b, i_h, t)
-    b_x = load_slice(p_x, x, tl.arange(0, dims.BT), live, i_k, dims.K, dims.BK).to(tl.float32)
-    b_x = apply_map(b_x, MAP)
-    if MAP == "elu+1":  # phi(0) is 1
-        cols = i_k + tl.arange(0, dims.BK)
-        b_x = tl.where(live[:, None] & (cols[None, :] < dims.K), b_x, 0.0)
-    return b_x
-
-
-@triton.jit
-def load_row_scale(rstd, scale, i_b, i_h, t, live, dims):
-    """What multiplies the queries ``[BT, 1]``: ``scale * r``, or ``scale`` without a norm."""
-    if rstd is None:
-        b_r = tl.full([dims.BT, 1], 1.0, tl.float32) * scale
-    else:
-        p_r = locate(rstd, i_b, i_h, t) + tl.arange(0, dims.BT) * rstd.time
-        b_r = tl.load(p_r, mask=live, other=0.0)[:, None] * scale
-    return b_r
-
-
-@triton.jit
 def write_chunk(b_s, b_k, b_v, b_g, like, KIND: tl.constexpr, BACKWARD: tl.constexpr):
     """The state ``[BK, BV]`` behind a chunk: ``exp(G_C) S + sum_j (exp(G_C - G_j) k_j) v_j^T``.
 
     ``BACKWARD`` is for queries, cotangents and the cotangent of the state before the chunk:
-    ``exp(G_C) dS + sum_i (exp(G_i) q_i) do_i^T``. Also returns ``G_C``, ``[BK]`` or ``[1]``.
+    ``exp(G_C) dS + sum_i (exp(G_i) q_i) do_i^T``.
     """
-    b_total = tl.zeros([1], tl.float32)
+    b_kt = tl.trans(b_k)
     if KIND is not None:
-        before, after = chunk_sums(b_g)
-        b_k = b_k * tl.exp2(before if BACKWARD else after)
-        b_total = tl.sum(b_g, 0)
-        b_s = age(b_s, b_total[:, None])
-    b_s += product(tl.trans(b_k), b_v, like)
-    return b_s, b_total
+        if BACKWARD:
+            b_kt = b_kt * tl.exp2(since_start_t(b_g, like, KIND))
+        else:
+            b_kt = b_kt * tl.exp2(until_end_t(b_g, like, KIND))
+        b_s = age(b_s, tl.sum(b_g, 0)[:, None])
+    return b_s + product(b_kt, b_v, like)
 
 
 @triton.jit
@@ -115,16 +93,16 @@ def linear_states_kernel(
                 p_m, mask = locate_state(marks, walk, i_m, i_h, dims, i_k, i_v, False)
                 tl.store(p_m, b_s, mask=mask)
         live = t + rows < end
-        b_k = load_features(k, i_b, i_h, t, live, i_k, dims, kind.FEATURE_MAP)
+        b_k = load_features(k, i_b, i_h, t, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
         if BACKWARD:
-            b_k = b_k * load_row_scale(rstd, scale, i_b, i_h, t, live, dims)
+            b_k = b_k * load_row_scale(rstd, scale, i_b, i_h, t, live)
         b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i_v, dims.V, dims.BV)
         b_g = None
         if kind.DECAY is not None:
-            b_g = load_log_decay(g, i_b, i_h, t, live, i_k, dims, kind.DECAY)
-        b_s, b_total = write_chunk(b_s, b_k, b_v, b_g, k, kind.DECAY, BACKWARD)
+            b_g = load_log_decay(g, i_b, i_h, t, live, i_k, dims.K, dims.BK, kind.DECAY)
+        b_s = write_chunk(b_s, b_k, b_v, b_g, k, kind.DECAY, BACKWARD)
         if kind.DECAY is not None:
-            b_sum += b_total
+            b_sum += tl.sum(b_g, 0)
 
     # Slots behind a sequence's last segment are nobody's.
     if (place == 0) | (begin < last):
