@@ -21,7 +21,9 @@ FUNCTIONS = (
 )
 
 # Functions with kernels: filled as kernels/ and csrc/ gain them.
-TRITON_FUNCTIONS = frozenset({"gated_sdpa", "ls_attention"})
+TRITON_FUNCTIONS = frozenset(
+    {"gated_sdpa", "ls_attention", "gated_linear_attention", "norm_linear_attention"}
+)
 CUDA_FUNCTIONS: frozenset[str] = frozenset()
 
 

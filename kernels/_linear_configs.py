@@ -47,4 +47,7 @@ def tiles(kernel: str, dtype: torch.dtype, key_dim: int, value_dim: int) -> Tile
         "linear_forward": Tiles(64 if key <= 128 else 32, key, min(value, 64), 8, 1),
         "linear_states": Tiles(64, min(key, 64), min(value, 64), 4, 1),
         "linear_norm": Tiles(32, 0, 0, 4, 1),
+        "linear_cotangent": Tiles(32, 0, value, 4, 1),
+        "linear_backward_qk": Tiles(64, min(key, 32), value, 8, 1),
+        "linear_backward_v": Tiles(64 if key <= 128 else 32, key, min(value, 64), 8, 1),
     }[kernel]

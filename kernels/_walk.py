@@ -30,15 +30,15 @@ class Walk(NamedTuple):
     slots: int  # segments, per batch entry without cu_seqlens
 
     @staticmethod
-    def of(q: Tensor, cu_seqlens: Tensor | None, span: int) -> Walk:
-        """Segments of ``span`` tokens of ``q [B, T, H, K]``."""
+    def of(q: Tensor, cu_seqlens: Tensor | None, span: int, find_owners: bool = True) -> Walk:
+        """Segments of ``span`` tokens of ``q [B, T, H, K]``; owners for programs by segment."""
         length, heads = q.shape[1:3]
         owner, slots = None, triton.cdiv(length, span)
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.contiguous()
             count = cu_seqlens.numel() - 1
             slots = length // span + count
-            if span <= length:
+            if span <= length and find_owners:
                 numbers = torch.arange(slots, dtype=torch.int32, device=q.device)
                 first = cu_seqlens[:-1] // span + numbers[:count]
                 owner = torch.searchsorted(first, numbers, right=True, out_int32=True) - 1
@@ -53,7 +53,7 @@ class Walk(NamedTuple):
         """Whether every sequence is one segment, so that segments are sequences."""
         if self.cu_seqlens is None:
             return self.slots >> 1 == 1
-        return self.owner is None
+        return self.span > self.length
 
 
 class Dims(NamedTuple):
@@ -172,3 +172,31 @@ def load_row_scale(rstd, scale, i_b, i_h, t, live):
         p_r = locate(rstd, i_b, i_h, t) + tl.arange(0, BT) * rstd.time
         b_r = tl.load(p_r, mask=live, other=0.0)[:, None] * scale
     return b_r
+
+
+@triton.jit
+def load_sum_since_start(
+    g, i_b, i_h, t, live, i_k, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
+):
+    """``G_i``, the log-decay from the start of a chunk to a row, itself included."""
+    return tl.cumsum(load_log_decay(g, i_b, i_h, t, live, i_k, K, BK, KIND), 0)
+
+
+@triton.jit
+def load_sum_until_end(
+    g,
+    i_b,
+    i_h,
+    t,
+    end,
+    i_k,
+    BT: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """``G_C - G_j``, the log-decay behind a row, as a sum of the rows that follow."""
+    rows = tl.arange(0, BT)
+    follows = (rows < BT - 1) & (t + 1 + rows < end)
+    b_g = load_log_decay(g, i_b, i_h, t + 1, follows, i_k, K, BK, KIND)
+    return tl.cumsum(b_g, 0, reverse=True)

@@ -8,17 +8,23 @@ import torch
 import triton
 from torch import Tensor
 
-from attnvariants.kernels._launch import launch, tile_dim
-from attnvariants.kernels._linear_configs import Tiles, segment_length, tiles
+from attnvariants.kernels._launch import launch
+from attnvariants.kernels._linear_configs import STRIDE, Tiles, segment_length, tiles
 from attnvariants.kernels._tiles import Strided, odd, strided
 from attnvariants.kernels._walk import Dims, Walk
-from attnvariants.kernels.linear_forward import (
+from attnvariants.kernels.linear_backward import (
+    QueryKeyGradients,
+    linear_backward_qk_kernel,
+    linear_backward_v_kernel,
+)
+from attnvariants.kernels.linear_epilogue import (
     Epilogue,
     Norm,
     Outputs,
-    linear_forward_kernel,
+    linear_cotangent_kernel,
     linear_norm_kernel,
 )
+from attnvariants.kernels.linear_forward import linear_forward_kernel
 from attnvariants.kernels.linear_states import Kind, linear_scan_kernel, linear_states_kernel
 
 
@@ -49,20 +55,16 @@ def forward(
     state = v.new_empty(call.count, heads, q.shape[3], value_dim, dtype=torch.float32)
 
     config = call.tiles("linear_forward")
-    walk = call.segments(heads * triton.cdiv(value_dim, config.BV))
-    start, finish = initial_state, state
-    if not (causal and walk.whole):
-        start = call.states(walk, k, v, initial_state, state)
-        start, finish = (start if causal else state), None
     slices = triton.cdiv(value_dim, config.BV)
+    walk = call.segments(heads * slices)
+    start = call.boundary(walk, k, v, initial_state, state)
+    finish = state if causal and walk.whole else None
     deferred = norm == "model" or (norm == "head" and slices > 1)
     squares = None
     if deferred:
         squares = v.new_empty(batch, length, heads, slices, dtype=torch.float32)
     outputs = Outputs(strided(out), strided(y) if scaled else None, _by_head(rstd, norm), squares)
-    epilogue = Epilogue(
-        None if gate is None else strided(gate), _weight(norm_weight, heads, value_dim), eps
-    )
+    epilogue = _epilogue(v, norm_weight, gate, eps)
     options = Norm(norm, deferred, None if gate is None else gate_activation)
     launch(
         linear_forward_kernel,
@@ -84,6 +86,79 @@ def forward(
             config=rows,
         )
     return out, y, rstd, state
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    norm_weight: Tensor | None,
+    gate: Tensor | None,
+    y: Tensor | None,
+    rstd: Tensor,
+    dout: Tensor | None,
+    dstate: Tensor | None,
+    feature_map: str | None,
+    causal: bool,
+    scale: float,
+    norm: str | None,
+    eps: float,
+    gate_activation: str | None,
+    need_dg: bool,
+) -> tuple[Tensor, ...]:
+    """The results of the operator ``linear_backward``."""
+    call = _Call(q, k, v, g, cu_seqlens, feature_map, causal)
+    dout = v.new_zeros(()).expand(v.shape) if dout is None else dout
+    epilogue = _epilogue(v, norm_weight, gate, eps)
+    options = Norm(norm, False, None if gate is None else gate_activation)
+    do, dweight, dgate = dout, q.new_empty(0), q.new_empty(0)
+    if y is not None:
+        do, dweight, dgate = call.cotangent(dout, y, norm_weight, gate, epilogue, options)
+    row_scale = (_by_head(rstd, norm), scale)
+    initial_state, dstate = (None if x is None else x.contiguous() for x in (initial_state, dstate))
+    dinitial = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
+
+    by_keys, by_values = call.tiles("linear_backward_qk"), call.tiles("linear_backward_v")
+    key_slices = triton.cdiv(call.dims.K, by_keys.BK)
+    value_slices = triton.cdiv(call.dims.V, by_values.BV)
+    walk = call.segments(q.shape[2] * min(key_slices, value_slices))
+    finish = None if initial_state is None else dinitial
+    starts = call.boundary(walk, k, v, initial_state, None)
+    ends = call.boundary(walk, q, do, dstate, finish, row_scale)
+    marked, marks = call.marks(walk, k, v, starts)
+    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    dg = call.decay_gradient(g if need_dg else None, key_slices)
+    programs = walk.segments(q.shape[0]) * q.shape[2]
+    launch(
+        linear_backward_qk_kernel,
+        programs * key_slices,
+        *(*call.inputs, strided(do), row_scale[0], marks, ends),
+        QueryKeyGradients(strided(dq), strided(dk), None if dg is None else strided(dg)),
+        *(walk, marked, scale, by_keys.dims(call.dims), call.kind),
+        like=q,
+        config=by_keys,
+    )
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    queries, keys, _, decay = call.inputs
+    launch(
+        linear_backward_v_kernel,
+        programs * value_slices,
+        *(queries, keys, decay, strided(do), row_scale[0], ends, strided(dv)),
+        finish if causal and walk.whole else None,
+        *(walk, scale, by_values.dims(call.dims), call.kind),
+        like=q,
+        config=by_values,
+    )
+    if dg is None:
+        dg = q.new_empty(0)
+    elif g is not None and g.dim() == 1:  # one number per head: in float32 errors do not average
+        dg = dg.sum((0, 1), dtype=torch.float64).to(g.dtype)
+    elif g is not None and g.dim() == 3:
+        dg = dg.view(g.shape[0], -1, *g.shape[1:]).sum(1).to(g.dtype)
+    return dq, dk, dv, dg, dinitial, dweight, dgate
 
 
 class _Call:
@@ -120,54 +195,138 @@ class _Call:
         span = segment_length(self.count, tokens, programs, length)
         return Walk.of(self.q, self.cu_seqlens, span)
 
-    def states(
+    def boundary(
         self,
         walk: Walk,
         k: Tensor,
         v: Tensor,
         start: Tensor | None,
         finish: Tensor | None,
-        *,
-        rstd: Strided | None = None,
-        scale: float = 1.0,
-        backward: bool = False,
+        row_scale: tuple[Strided | None, float] | None = None,
     ) -> Tensor | None:
-        """The states that the segments start from (or that arrive at their ends, ``backward``).
+        """The states ``[segments, H, K, V]`` that segments start from; ``None`` for zeros.
 
-        ``finish`` receives the states behind the sequences. Whole sequences need one pass only.
+        With ``row_scale``, of queries and cotangents: the cotangents at their ends. ``finish``
+        receives the states behind the sequences, except if nothing had to be done for the others.
+        Where every token sees all others, the result is what ``finish`` receives.
         """
-        config = self.tiles("linear_states")
-        dims = config.dims(self.dims)
-        heads = self.q.shape[2]
-        programs = heads * triton.cdiv(dims.K, dims.BK) * triton.cdiv(dims.V, dims.BV)
-        decay = self.kind.DECAY
-        batch = self.q.shape[0]
-        own, total = None, None
-        if not walk.whole:
-            slots = walk.segments(batch)
-            own = self.q.new_empty(slots, heads, dims.K, dims.V, dtype=torch.float32)
-            if decay is not None:
-                shape = (slots, heads, dims.K) if decay == "channel" else (slots, heads)
-                total = self.q.new_empty(shape, dtype=torch.float32)
-        whole = (start, finish) if walk.whole else (None, own)
-        launch(
-            linear_states_kernel,
-            walk.segments(batch) * programs,
-            *(strided(k), strided(v), self.g, rstd, *whole, None, total, walk, walk, scale),
-            *(dims, self.kind, backward),
-            like=self.q,
-            config=config,
-        )
-        if walk.whole:
+        if walk.whole and self.kind.CAUSAL:
             return start
+        if not self.kind.CAUSAL and finish is None:
+            finish = self.new_states(self.count)
+        if walk.whole:
+            self.pass_over(walk, k, v, start, finish, row_scale)
+            return finish
+        decay, slots = self.kind.DECAY, walk.segments(self.q.shape[0])
+        own, total = self.new_states(slots), None
+        if decay is not None:
+            shape = own.shape[:3] if decay == "channel" else own.shape[:2]
+            total = own.new_empty(shape)
+        self.pass_over(walk, k, v, None, own, row_scale, total=total)
+        config = self.tiles("linear_states")
         launch(
             linear_scan_kernel,
-            self.count * programs,
-            *(own, total, start, finish, walk, dims, decay, backward),
+            self.count * self.state_tiles(),
+            *(own, total, start, finish, walk, config.dims(self.dims), decay),
+            row_scale is not None,
             like=self.q,
             config=config,
         )
-        return own
+        return own if self.kind.CAUSAL else finish
+
+    def marks(
+        self, walk: Walk, k: Tensor, v: Tensor, starts: Tensor | None
+    ) -> tuple[Walk, Tensor | None]:
+        """States every ``STRIDE`` tokens, and the sequences cut there."""
+        marked = Walk.of(self.q, self.cu_seqlens, STRIDE, find_owners=False)
+        if marked.whole or not self.kind.CAUSAL:
+            return marked, starts
+        marks = self.new_states(marked.segments(self.q.shape[0]))
+        self.pass_over(walk, k, v, starts, None, marked=marked, marks=marks)
+        return marked, marks
+
+    def pass_over(
+        self,
+        walk: Walk,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor | None,
+        finish: Tensor | None,
+        row_scale: tuple[Strided | None, float] | None = None,
+        *,
+        total: Tensor | None = None,
+        marked: Walk | None = None,
+        marks: Tensor | None = None,
+    ) -> None:
+        """The states of all segments, see :func:`linear_states_kernel`."""
+        config = self.tiles("linear_states")
+        rstd, scale = row_scale or (None, 1.0)
+        launch(
+            linear_states_kernel,
+            walk.segments(self.q.shape[0]) * self.state_tiles(),
+            *(strided(k), strided(v), self.g, rstd, start, finish, marks, total),
+            *(walk, marked or walk, scale, config.dims(self.dims), self.kind),
+            row_scale is not None,
+            like=self.q,
+            config=config,
+        )
+
+    def state_tiles(self) -> int:
+        """Programs for all heads of a segment in passes over the state."""
+        config, (key_dim, value_dim, *_) = self.tiles("linear_states"), self.dims
+        return self.q.shape[2] * triton.cdiv(key_dim, config.BK) * triton.cdiv(value_dim, config.BV)
+
+    def new_states(self, count: int) -> Tensor:
+        """Uninitialised ``[count, H, K, V]``."""
+        shape = (count, self.q.shape[2], self.dims.K, self.dims.V)
+        return self.q.new_empty(shape, dtype=torch.float32)
+
+    def decay_gradient(self, g: Tensor | None, slices: int) -> Tensor | None:
+        """Where the log-decay's gradient goes: per token a part for every slice of the keys."""
+        if g is None:
+            return None
+        if g.dim() == 4:
+            return torch.empty_like(g, memory_format=torch.contiguous_format)
+        batch, length, heads, _ = self.q.shape
+        return self.q.new_empty(batch * slices, length, heads, dtype=torch.float32)
+
+    def cotangent(
+        self,
+        dout: Tensor,
+        y: Tensor,
+        norm_weight: Tensor | None,
+        gate: Tensor | None,
+        epilogue: Epilogue,
+        options: Norm,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The cotangent behind the norm, and the gradients of weight and gate."""
+        batch, length, heads, value_dim = y.shape
+        config = self.tiles("linear_cotangent")
+        tiles = triton.cdiv(length, config.BT)
+        do = torch.empty_like(y)
+        dgate = None if gate is None else torch.empty_like(gate).contiguous()
+        parts = None
+        if norm_weight is not None:
+            parts = y.new_empty(batch, tiles, heads, value_dim, dtype=torch.float32)
+        launch(
+            linear_cotangent_kernel,
+            batch * tiles * (1 if options.KIND == "model" else heads),
+            *(strided(dout), strided(y), epilogue, strided(do)),
+            *(None if dgate is None else strided(dgate), parts, odd(length), odd(heads)),
+            *(config.dims(self.dims), options),
+            like=y,
+            config=config,
+        )
+        dweight = y.new_empty(0)
+        if parts is not None and norm_weight is not None:
+            over = (0, 1) if norm_weight.dim() == 2 else (0, 1, 2)
+            dweight = parts.sum(over, dtype=torch.float64).to(norm_weight.dtype)
+        return do, dweight, y.new_empty(0) if dgate is None else dgate
+
+
+def _epilogue(v: Tensor, norm_weight: Tensor | None, gate: Tensor | None, eps: float) -> Epilogue:
+    weight = _weight(norm_weight, *v.shape[2:])
+    return Epilogue(None if gate is None else strided(gate), weight, eps)
 
 
 def _by_head(rstd: Tensor, norm: str | None) -> Strided | None:

@@ -12,53 +12,25 @@ their squares; a second kernel puts those together.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from attnvariants.kernels._decay import (
     add_channel_scores,
     age,
-    since_start,
     token_decay,
-    until_end_t,
 )
-from attnvariants.kernels._feature_map import apply_map
 from attnvariants.kernels._tiles import load_slice, locate, product, store_slice
 from attnvariants.kernels._walk import (
     find_segment,
     load_features,
     load_log_decay,
     load_row_scale,
+    load_sum_until_end,
     load_state,
     locate_state,
 )
-
-
-class Epilogue(NamedTuple):
-    """``act(gate) * weight * RMSNorm(o)``."""
-
-    gate: Any  # Strided [B, T, H, V] or [B, T, H], logits; None
-    weight: Any  # Strided [1, 1, H, V]; None
-    eps: float
-
-
-class Outputs(NamedTuple):
-    """What the forward writes."""
-
-    out: Any  # Strided [B, T, H, V]
-    y: Any  # Strided [B, T, H, V], before weight and gate; None where it is out
-    rstd: Any  # Strided [B, T, H]; None without a norm
-    squares: Any  # [B, T, H, slices of V], sums of squares of a deferred norm; None
-
-
-class Norm(NamedTuple):
-    """Of the output; compile-time."""
-
-    KIND: str | None  # "model", "head" or None
-    DEFERRED: bool  # left to the second kernel
-    ACTIVATION: str | None  # of the gate
+from attnvariants.kernels.linear_epilogue import weigh_and_gate
 
 
 @triton.jit
@@ -93,41 +65,6 @@ def chunk_scores(
         else:
             b_a = tl.where(rows[:, None] >= rows[None, :], b_a, 0.0)
     return b_a
-
-
-@triton.jit
-def weigh_and_gate(
-    b_y,
-    epilogue,
-    i_b,
-    i_h,
-    t,
-    rows,
-    live,
-    i_v,
-    V: tl.constexpr,
-    BV: tl.constexpr,
-    ACT: tl.constexpr,
-):
-    """``act(gate) * weight * y`` for a tile ``[BT, BV]``."""
-    if epilogue.weight is not None:
-        cols = i_v + tl.arange(0, BV)
-        p_w = locate(epilogue.weight, 0, i_h, 0) + cols * epilogue.weight.dim
-        b_y = b_y * tl.load(p_w, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-    if epilogue.gate is not None:
-        b_y = b_y * apply_map(load_gate(epilogue.gate, i_b, i_h, t, rows, live, i_v, V, BV), ACT)
-    return b_y
-
-
-@triton.jit
-def load_gate(gate, i_b, i_h, t, rows, live, i_v, V: tl.constexpr, BV: tl.constexpr):
-    """Gate logits in float32, ``[BT, BV]``, or ``[BT, 1]`` where there is one per head."""
-    p_gate = locate(gate, i_b, i_h, t)
-    if gate.dim is None:
-        b_gate = tl.load(p_gate + rows * gate.time, mask=live, other=0.0)[:, None]
-    else:
-        b_gate = load_slice(p_gate, gate, rows, live, i_v, V, BV)
-    return b_gate.to(tl.float32)
 
 
 @triton.jit
@@ -170,14 +107,15 @@ def linear_forward_kernel(
             if kind.DECAY is not None:
                 b_g = load_log_decay(g, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.DECAY)
             b_o = product(b_a, b_v, q)  # [BT, BV]
-            b_kt = tl.trans(b_k)
             if kind.DECAY is not None:
-                b_q = b_q * tl.exp2(since_start(b_g, q, kind.DECAY))
-                b_kt = b_kt * tl.exp2(until_end_t(b_g, q, kind.DECAY))
+                b_q = b_q * tl.exp2(tl.cumsum(b_g, 0))
+                b_k = b_k * tl.exp2(
+                    load_sum_until_end(g, i_b, i_h, t, end, 0, BT, dims.K, dims.BK, kind.DECAY)
+                )
             b_o += product(b_q, b_s, q)
             if kind.DECAY is not None:
                 b_s = age(b_s, tl.sum(b_g, 0)[:, None])
-            b_s += product(b_kt, b_v, q)
+            b_s += product(tl.trans(b_k), b_v, q)
         else:
             b_q = load_features(q, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
             b_o = product(b_q, b_s, q)
@@ -207,60 +145,3 @@ def linear_forward_kernel(
     if finish is not None:
         p_s, mask = locate_state(finish, walk, i_s, i_h, dims, 0, i_v, False)
         tl.store(p_s, b_s, mask=mask)
-
-
-@triton.jit
-def linear_norm_kernel(
-    epilogue,  # Epilogue
-    outputs,  # Outputs
-    length,  # odd(T)
-    heads,  # odd(H)
-    dims: tl.constexpr,  # Dims, BT rows and the BV of the forward
-    norm: tl.constexpr,  # Norm
-):
-    """Puts a deferred norm together, with weight and gate, in one pass over the output."""
-    BT: tl.constexpr = dims.BT
-    NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
-    i_program = tl.program_id(0)
-    i_slice = i_program % NV
-    i_v = i_slice * dims.BV
-    count = heads >> 1
-    i_h = i_program // NV % count
-    tiles = tl.cdiv(length >> 1, BT)
-    i_b = i_program // NV // count // tiles
-    t = i_program // NV // count % tiles * BT
-    rows = tl.arange(0, BT)
-    live = t + rows < (length >> 1)
-    row = tl.cast(i_b, tl.int64) * (length >> 1) + t + rows
-    p_squares = outputs.squares + row * count * NV
-    b_sum = tl.zeros([BT], tl.float32)
-    if norm.KIND == "model":
-        for n in tl.range(0, count * NV):
-            b_sum += tl.load(p_squares + n, mask=live, other=0.0)
-        width = count * dims.V
-    else:
-        for n in tl.static_range(NV):
-            b_sum += tl.load(p_squares + i_h * NV + n, mask=live, other=0.0)
-        width = dims.V
-    b_r = 1.0 / tl.sqrt(b_sum / width + epilogue.eps)
-    p_r = locate(outputs.rstd, i_b, i_h, t) + rows * outputs.rstd.time
-    if norm.KIND == "model":
-        if i_h + i_slice == 0:
-            tl.store(p_r, b_r, mask=live)
-    elif i_slice == 0:
-        tl.store(p_r, b_r, mask=live)
-
-    # The rows were left divided by this; rows of zeros as they are.
-    b_own = tl.load(p_squares + i_h * NV + i_slice, mask=live, other=0.0)
-    b_own = tl.sqrt(b_own / dims.BV)
-    store = outputs.out if outputs.y is None else outputs.y
-    p_store = locate(store, i_b, i_h, t)
-    b_y = load_slice(p_store, store, rows, live, i_v, dims.V, dims.BV).to(tl.float32)
-    b_y = b_y * (b_own * b_r)[:, None]
-    if outputs.y is not None:
-        store_slice(p_store, store, rows, live, b_y, i_v, dims.V, dims.BV)
-    b_y = weigh_and_gate(
-        b_y, epilogue, i_b, i_h, t, rows, live, i_v, dims.V, dims.BV, norm.ACTIVATION
-    )
-    out = outputs.out
-    store_slice(locate(out, i_b, i_h, t), out, rows, live, b_y, i_v, dims.V, dims.BV)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from attnvariants.kernels._decay import age, since_start_t, until_end_t
+from attnvariants.kernels._decay import age
 from attnvariants.kernels._tiles import load_slice, locate, product
 from attnvariants.kernels._walk import (
     find_segment,
@@ -18,6 +18,7 @@ from attnvariants.kernels._walk import (
     load_features,
     load_log_decay,
     load_row_scale,
+    load_sum_until_end,
     load_state,
     locate_state,
 )
@@ -29,23 +30,6 @@ class Kind(NamedTuple):
     DECAY: str | None  # "channel", "token"; None for none
     FEATURE_MAP: str | None
     CAUSAL: bool
-
-
-@triton.jit
-def write_chunk(b_s, b_k, b_v, b_g, like, KIND: tl.constexpr, BACKWARD: tl.constexpr):
-    """The state ``[BK, BV]`` behind a chunk: ``exp(G_C) S + sum_j (exp(G_C - G_j) k_j) v_j^T``.
-
-    ``BACKWARD`` is for queries, cotangents and the cotangent of the state before the chunk:
-    ``exp(G_C) dS + sum_i (exp(G_i) q_i) do_i^T``.
-    """
-    b_kt = tl.trans(b_k)
-    if KIND is not None:
-        if BACKWARD:
-            b_kt = b_kt * tl.exp2(since_start_t(b_g, like, KIND))
-        else:
-            b_kt = b_kt * tl.exp2(until_end_t(b_g, like, KIND))
-        b_s = age(b_s, tl.sum(b_g, 0)[:, None])
-    return b_s + product(b_kt, b_v, like)
 
 
 @triton.jit
@@ -97,12 +81,19 @@ def linear_states_kernel(
         if BACKWARD:
             b_k = b_k * load_row_scale(rstd, scale, i_b, i_h, t, live)
         b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i_v, dims.V, dims.BV)
-        b_g = None
         if kind.DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, live, i_k, dims.K, dims.BK, kind.DECAY)
-        b_s = write_chunk(b_s, b_k, b_v, b_g, k, kind.DECAY, BACKWARD)
-        if kind.DECAY is not None:
-            b_sum += tl.sum(b_g, 0)
+            if BACKWARD:
+                b_decay = tl.cumsum(b_g, 0)
+            else:
+                b_decay = load_sum_until_end(
+                    g, i_b, i_h, t, end, i_k, BT, dims.K, dims.BK, kind.DECAY
+                )
+            b_k = b_k * tl.exp2(b_decay)
+            b_total = tl.sum(b_g, 0)
+            b_s = age(b_s, b_total[:, None])
+            b_sum += b_total
+        b_s += product(tl.trans(b_k), b_v, k)
 
     # Slots behind a sequence's last segment are nobody's.
     if (place == 0) | (begin < last):

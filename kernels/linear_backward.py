@@ -1,0 +1,289 @@
+"""Linear attention backward: two walks from the end of a sequence to its start.
+
+With S the state at the start of a chunk and dS the cotangent of the state at its end:
+
+    dq_i = exp(G_i) (S do_i) + sum_{j <= i} dA_ij exp(G_i - G_j) k_j              dA_ij = do_i . v_j
+    dk_j = exp(G_C - G_j) (dS v_j) + sum_{i >= j} dA_ij exp(G_i - G_j) q_i
+    dv_j = dS^T (exp(G_C - G_j) k_j) + sum_{i >= j} A_ij do_i
+    dS   = exp(G_C) dS + sum_i (exp(G_i) q_i) do_i^T                        (of the previous chunk)
+
+The log-decay of a token decays every pair (j, i) with j before the token and i not: its gradient is
+the sum of what these pairs, and the states, carry across it, by additions only.
+
+One walk finds dq, dk and dg of a slice of the key channels, with S and dS at hand; S comes from the
+last state that was kept, over the few chunks between. The other finds dv of a slice of the value
+channels, from dS. Their states are ``[V, K]`` and ``[K, V]``, so that no product needs a
+transposed one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from attnvariants.kernels._decay import (
+    age,
+    count_levels,
+    level_decay,
+    same_block,
+    sum_rows,
+    token_decay,
+)
+from attnvariants.kernels._feature_map import map_gradient
+from attnvariants.kernels._tiles import load_slice, locate, product, store_slice
+from attnvariants.kernels._walk import (
+    find_segment,
+    first_slot,
+    load_features,
+    load_log_decay,
+    load_row_scale,
+    load_state,
+    load_sum_until_end,
+    locate_state,
+)
+from attnvariants.kernels.linear_forward import chunk_scores
+
+
+class QueryKeyGradients(NamedTuple):
+    """What the first walk writes."""
+
+    dq: Any  # Strided [B, T, H, K]
+    dk: Any  # Strided [B, T, H, K]
+    dg: Any  # Strided [B, T, H, K], or [slices of K * B, T, H] if per token; None
+
+
+@triton.jit
+def replay(b_s, k, v, g, i_b, i_h, t, begin, i_k, dims: tl.constexpr, kind: tl.constexpr):
+    """The state ``[BV, BK]`` at token ``t`` from the one at ``begin``, over whole chunks."""
+    BT: tl.constexpr = dims.BT
+    rows = tl.arange(0, BT)
+    live = rows < BT
+    for i_t in tl.range(begin, t, BT):
+        b_k = load_features(k, i_b, i_h, i_t, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
+        b_v = load_slice(locate(v, i_b, i_h, i_t), v, rows, live, 0, dims.V, dims.BV)
+        if kind.DECAY is not None:
+            b_g = load_log_decay(g, i_b, i_h, i_t, live, i_k, dims.K, dims.BK, kind.DECAY)
+            b_after = load_sum_until_end(
+                g, i_b, i_h, i_t, i_t + BT, i_k, BT, dims.K, dims.BK, kind.DECAY
+            )
+            b_k = b_k * tl.exp2(b_after)
+            b_s = age(b_s, tl.sum(b_g, 0)[None, :])
+        b_s += product(tl.trans(b_v), b_k, k)
+    return b_s
+
+
+@triton.jit
+def add_channel_gradients(
+    b_dq, b_dk, b_dg, b_q, b_k, b_g, b_da, b_dat, like, WITH_DG: tl.constexpr
+):
+    """Adds the gradients through the scores of pairs i > j, level by level."""
+    BT: tl.constexpr = b_q.shape[0]
+    rows = tl.arange(0, BT)
+    for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
+        b_e, is_query = level_decay(b_g, level, like)
+        b_qs = tl.where(is_query, b_q * b_e, 0.0)
+        b_ks = tl.where(is_query, 0.0, b_k * b_e)
+        same = same_block(level, BT)
+        b_dqs = product(tl.where(same, b_da, 0.0), b_ks, like)
+        b_dks = product(tl.where(same, b_dat, 0.0), b_qs, like)
+        b_dq += tl.where(is_query, b_e * b_dqs, 0.0)
+        b_dk += tl.where(is_query, 0.0, b_e * b_dks)
+        if WITH_DG:
+            half = rows >> level
+            # A query's flow crosses the rows of its half up to itself, a key's those behind it.
+            near = (rows[:, None] <= rows[None, :]) == ((half & 1) == 1)[None, :]
+            crosses = (half[:, None] == half[None, :]) & near
+            b_dg += sum_rows(crosses, b_qs * b_dqs + b_ks * b_dks, like)
+    return b_dq, b_dk, b_dg
+
+
+@triton.jit
+def sum_crossing(b_x, like, FROM_BEFORE: tl.constexpr, KIND: tl.constexpr):
+    """The flow across each row: of what came to rows from before the chunk, or left rows for behind.
+
+    ``FROM_BEFORE``: sums over this row and those behind it, else over the rows before it.
+    """
+    BT: tl.constexpr = b_x.shape[0]
+    rows = tl.arange(0, BT)
+    if FROM_BEFORE:
+        crosses = rows[None, :] >= rows[:, None]
+    else:
+        crosses = rows[None, :] < rows[:, None]
+    if KIND == "channel":
+        b_sum = sum_rows(crosses, b_x, like)
+    else:
+        b_x = tl.sum(b_x, 1)
+        b_sum = tl.sum(tl.where(crosses, b_x[None, :], 0.0), 1)[:, None]
+    return b_sum
+
+
+@triton.jit
+def linear_backward_qk_kernel(
+    q,  # Strided [B, T, H, K]
+    k,  # Strided [B, T, H, K]
+    v,  # Strided [B, T, H, V]
+    g,  # Strided [B, T, H, K] or [B, T, H]; None
+    do,  # Strided [B, T, H, V], cotangent behind the norm
+    rstd,  # Strided [B, T, H]; None
+    marks,  # [slots of marked, H, K, V], states that were kept; of sequences if not causal; None
+    ends,  # [segments, H, K, V], cotangents of states; of sequences if not causal; None for zeros
+    grads,  # QueryKeyGradients
+    walk,  # Walk
+    marked,  # Walk
+    scale,
+    dims: tl.constexpr,  # Dims, all of V in a tile
+    kind: tl.constexpr,  # Kind
+):
+    BT: tl.constexpr = dims.BT
+    BK: tl.constexpr = dims.BK
+    NK: tl.constexpr = (dims.K + BK - 1) // BK
+    i_program = tl.program_id(0)
+    i_slice = i_program % NK
+    i_k = i_slice * BK
+    heads = walk.heads >> 1
+    i_h = i_program // NK % heads
+    i_s = i_program // NK // heads
+    i_n, i_b, place, first, last, begin, end = find_segment(walk, i_s)
+
+    rows = tl.arange(0, BT)
+    if kind.CAUSAL:
+        b_ds = load_state(ends, walk, i_s, i_h, dims, i_k, 0, True)  # [BV, BK]
+    else:
+        b_ds = load_state(ends, walk, i_n, i_h, dims, i_k, 0, True)
+    chunks = tl.cdiv(end - begin, BT)
+    for n in tl.range(0, chunks):
+        t = begin + (chunks - 1 - n) * BT
+        live = t + rows < end
+        if kind.CAUSAL:
+            stride = marked.span >> 1
+            place_m = (t - first) // stride
+            i_m = first_slot(marked, i_n, first) + place_m
+            b_s = load_state(marks, walk, i_m, i_h, dims, i_k, 0, True)
+            b_s = replay(b_s, k, v, g, i_b, i_h, t, first + place_m * stride, i_k, dims, kind)
+        else:
+            b_s = load_state(marks, walk, i_n, i_h, dims, i_k, 0, True)
+        b_r = load_row_scale(rstd, scale, i_b, i_h, t, live)
+        b_q = load_features(q, i_b, i_h, t, live, i_k, dims.K, BK, kind.FEATURE_MAP) * b_r
+        b_k = load_features(k, i_b, i_h, t, live, i_k, dims.K, BK, kind.FEATURE_MAP)
+        b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, 0, dims.V, dims.BV)
+        b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, 0, dims.V, dims.BV)
+        b_dq = product(b_do, b_s, q)  # [BT, BK]
+        b_dk = product(b_v, b_ds, q)
+        b_qd = b_q
+        if kind.DECAY is not None:
+            b_g = load_log_decay(g, i_b, i_h, t, live, i_k, dims.K, BK, kind.DECAY)
+            b_before = tl.exp2(tl.cumsum(b_g, 0))
+            b_after = load_sum_until_end(g, i_b, i_h, t, end, i_k, BT, dims.K, BK, kind.DECAY)
+            b_total = tl.sum(b_g, 0)[None, :]
+            b_qd = b_q * b_before
+            b_dq = b_dq * b_before
+            b_dk = b_dk * tl.exp2(b_after)
+            if grads.dg is not None:
+                b_dg = sum_crossing(b_q * b_dq, q, True, kind.DECAY)
+                b_dg += sum_crossing(b_k * b_dk, q, False, kind.DECAY)
+                b_through = tl.sum(b_s * b_ds, 0)[None, :]  # [1, BK]
+                if kind.DECAY == "token":
+                    b_through = tl.sum(b_through, 1)[:, None]
+                b_dg += tl.exp2(b_total) * b_through
+            else:
+                b_dg = b_dq
+        if kind.CAUSAL:
+            b_da = product(b_do, tl.trans(b_v), q)  # [BT, BT], queries along the rows
+            b_dat = product(b_v, tl.trans(b_do), q)
+            if kind.DECAY == "channel":
+                diagonal = rows[:, None] == rows[None, :]
+                b_own = tl.sum(tl.where(diagonal, b_da, 0.0), 1)[:, None]
+                b_dq += b_own * b_k
+                b_dk += b_own * b_q
+                b_dq, b_dk, b_dg = add_channel_gradients(
+                    b_dq, b_dk, b_dg, b_q, b_k, b_g, b_da, b_dat, q, grads.dg is not None
+                )
+            elif kind.DECAY == "token":
+                b_d = token_decay(b_g, False)
+                if grads.dg is not None:
+                    b_flow = product(b_q, tl.trans(b_k), q) * b_d * b_da
+                    b_flow = tl.where(rows[:, None] > rows[None, :], b_flow, 0.0)
+                    b_flow = tl.cumsum(b_flow, 0, reverse=True)
+                    b_flow = tl.where(rows[:, None] > rows[None, :], b_flow, 0.0)
+                    b_dg += tl.sum(b_flow, 1)[:, None]
+                b_dq += product(b_da * b_d, b_k, q)
+                b_dk += product(b_dat * token_decay(b_g, True), b_q, q)
+            else:
+                b_dq += product(tl.where(rows[:, None] >= rows[None, :], b_da, 0.0), b_k, q)
+                b_dk += product(tl.where(rows[:, None] <= rows[None, :], b_dat, 0.0), b_q, q)
+            if kind.DECAY is not None:
+                b_ds = age(b_ds, b_total)
+            b_ds += product(tl.trans(b_do), b_qd, q)
+        b_dq = b_dq * b_r
+        if kind.FEATURE_MAP is not None:
+            b_x = load_slice(locate(q, i_b, i_h, t), q, rows, live, i_k, dims.K, BK)
+            b_dq = b_dq * map_gradient(b_x.to(tl.float32), kind.FEATURE_MAP)
+            b_x = load_slice(locate(k, i_b, i_h, t), k, rows, live, i_k, dims.K, BK)
+            b_dk = b_dk * map_gradient(b_x.to(tl.float32), kind.FEATURE_MAP)
+        dq = grads.dq
+        dk = grads.dk
+        dg = grads.dg
+        store_slice(locate(dq, i_b, i_h, t), dq, rows, live, b_dq, i_k, dims.K, BK)
+        store_slice(locate(dk, i_b, i_h, t), dk, rows, live, b_dk, i_k, dims.K, BK)
+        if dg is not None:
+            if kind.DECAY == "channel":
+                store_slice(locate(dg, i_b, i_h, t), dg, rows, live, b_dg, i_k, dims.K, BK)
+            else:  # a batch entry of its own for every slice
+                p_dg = locate(dg, i_b * NK + i_slice, i_h, t) + rows[:, None] * dg.time
+                tl.store(p_dg, b_dg, mask=live[:, None])
+
+
+@triton.jit
+def linear_backward_v_kernel(
+    q,  # Strided [B, T, H, K]
+    k,  # Strided [B, T, H, K]
+    g,  # Strided [B, T, H, K] or [B, T, H]; None
+    do,  # Strided [B, T, H, V]
+    rstd,  # Strided [B, T, H]; None
+    ends,  # [segments, H, K, V], cotangents of states; of sequences if not causal; None for zeros
+    dv,  # Strided [B, T, H, V]
+    dstart,  # [segments, H, K, V], cotangents of the states that segments start from; None
+    walk,  # Walk
+    scale,
+    dims: tl.constexpr,  # Dims, all of K in a tile
+    kind: tl.constexpr,  # Kind
+):
+    BT: tl.constexpr = dims.BT
+    NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
+    i_program = tl.program_id(0)
+    i_v = i_program % NV * dims.BV
+    heads = walk.heads >> 1
+    i_h = i_program // NV % heads
+    i_s = i_program // NV // heads
+    i_n, i_b, place, first, last, begin, end = find_segment(walk, i_s)
+
+    rows = tl.arange(0, BT)
+    i_end = i_s if kind.CAUSAL else i_n
+    b_ds = load_state(ends, walk, i_end, i_h, dims, 0, i_v, False)  # [BK, BV]
+    chunks = tl.cdiv(end - begin, BT)
+    for n in tl.range(0, chunks):
+        t = begin + (chunks - 1 - n) * BT
+        live = t + rows < end
+        if kind.CAUSAL:
+            b_at = chunk_scores(q, k, g, rstd, scale, i_b, i_h, t, live, dims, kind, True)
+        b_k = load_features(k, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
+        if kind.DECAY is not None:
+            b_after = load_sum_until_end(g, i_b, i_h, t, end, 0, BT, dims.K, dims.BK, kind.DECAY)
+            b_k = b_k * tl.exp2(b_after)
+        b_dv = product(b_k, b_ds, q)  # [BT, BV]
+        if kind.CAUSAL:
+            b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i_v, dims.V, dims.BV)
+            b_dv += product(b_at, b_do, q)
+            b_q = load_features(q, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
+            b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, live)
+            if kind.DECAY is not None:
+                b_g = load_log_decay(g, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.DECAY)
+                b_q = b_q * tl.exp2(tl.cumsum(b_g, 0))
+                b_ds = age(b_ds, tl.sum(b_g, 0)[:, None])
+            b_ds += product(tl.trans(b_q), b_do, q)
+        store_slice(locate(dv, i_b, i_h, t), dv, rows, live, b_dv, i_v, dims.V, dims.BV)
+    if dstart is not None:
+        p_s, mask = locate_state(dstart, walk, i_s, i_h, dims, 0, i_v, False)
+        tl.store(p_s, b_ds, mask=mask)
