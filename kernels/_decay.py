@@ -1,4 +1,4 @@
-"""Decay inside a chunk of ``BT`` tokens, exact for every gate: sums over intervals by additions only.
+"""Decay inside a chunk of ``BT`` tokens, exact for every gate: sums over intervals, no differences.
 
 A query i and an earlier key j lie in the two halves of exactly one block of ``2 S`` rows, for one
 S = 1, 2, 4, ...: that is their level. With b the last row of the lower half
@@ -11,7 +11,7 @@ nothing overflows, and no digits cancel.
 
 Sums per channel are products with matrices of zeros and ones on tensor cores. bf16 holds those, and
 two or three bf16 parts hold a log-decay; products and sums of them are exact or rounded to float32.
-Log-decays are to base 2 and end at ``NOTHING``: where one is smaller, ``exp2`` is 0 in any case.
+Log-decays end at ``NOTHING``: where one is smaller, its exponential is 0 in any case.
 """
 
 from __future__ import annotations
@@ -19,32 +19,53 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnvariants.kernels._tiles import LN_2, LOG2_E, dot, narrow, product
+from attnvariants.kernels._tiles import INTERPRETED, LOG2_E, product
 
-NOTHING = tl.constexpr(-8192.0)  # exp2 of it is 0, and 0 times it is 0, unlike of -inf
+NOTHING = tl.constexpr(-8192.0)  # 0 times it is 0, unlike 0 times -inf
+LN_2_HIGH = tl.constexpr(0.693359375)  # few bits, so that multiples of it are exact
+LN_2_REST = tl.constexpr(-2.12194440e-4)
 
 
 @triton.jit
-def to_base_2(b_g):
-    """Log-decays in float32 to base 2; ``-inf`` becomes finite."""
-    return tl.maximum(b_g.to(tl.float32) * LOG2_E, NOTHING)
+def decay(b_sum, DTYPE: tl.constexpr):
+    """``exp(sum)`` of log-decays; for float32 inputs also where the sum is large.
+
+    ``exp2(sum * log2(e))`` has the rounding of its argument as a relative error, 1e-6 where the sum
+    is -20. Split into a power of two and the exponential of a small rest, there is none.
+    """
+    if DTYPE == tl.float32:
+        power = tl.floor(b_sum * LOG2_E + 0.5)
+        rest = (b_sum - power * LN_2_HIGH) - power * LN_2_REST
+        b_e = tl.exp2(power) * tl.exp2(rest * LOG2_E)
+    else:
+        b_e = tl.exp2(b_sum * LOG2_E)
+    return b_e
+
+
+@triton.jit
+def split(b_x):
+    """``x`` as a bf16 part and the rest, exactly."""
+    if INTERPRETED:  # whose conversions are slow; the part in float32
+        b_part = (b_x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    else:
+        b_part = b_x.to(tl.bfloat16)
+    return b_part, b_x - b_part.to(tl.float32)
 
 
 @triton.jit
 def sum_rows(picks, b_x, like):
     """``picks @ x``: sums of the rows of ``x [BT, BD]`` that a mask ``[BT, BT]`` picks.
 
-    Exact to 16 bits of every term for 16-bit inputs ``like``, and to all 24 for float32.
+    Of every term, the first 16 bits for 16-bit inputs ``like``, and all 24 for float32.
     """
-    b_m = tl.where(picks, 1.0, 0.0).to(tl.bfloat16)
-    b_part = narrow(b_x, tl.bfloat16)
-    b_rest = b_x - b_part.to(tl.float32)
-    b_sum = dot(b_m, b_part)
-    b_part = narrow(b_rest, tl.bfloat16)
-    b_sum += dot(b_m, b_part)
+    b_part, b_rest = split(b_x)
+    b_m = tl.where(picks, 1.0, 0.0).to(b_part.dtype)
+    b_sum = tl.dot(b_m, b_part, input_precision="ieee")
+    b_part, b_rest = split(b_rest)
+    b_sum += tl.dot(b_m, b_part, input_precision="ieee")
     if like.ptr.dtype.element_ty == tl.float32:
-        b_rest -= b_part.to(tl.float32)
-        b_sum += dot(b_m, narrow(b_rest, tl.bfloat16))
+        b_part, b_rest = split(b_rest)
+        b_sum += tl.dot(b_m, b_part, input_precision="ieee")
     return b_sum
 
 
@@ -58,7 +79,7 @@ def level_decay(b_g, level, like):
     # Of its half a query takes the rows up to itself, a key those behind it.
     near = (rows[None, :] <= rows[:, None]) == is_query[:, None]
     picks = (half[:, None] == half[None, :]) & near
-    return tl.exp2(sum_rows(picks, b_g, like)), is_query[:, None]
+    return decay(sum_rows(picks, b_g, like), like.ptr.dtype.element_ty), is_query[:, None]
 
 
 @triton.jit
@@ -100,16 +121,16 @@ def add_channel_scores(b_a, b_q, b_k, b_g, like, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def token_decay(b_g, TRANSPOSED: tl.constexpr):
+def token_decay(b_g, DTYPE: tl.constexpr, TRANSPOSED: tl.constexpr):
     """``exp(G_i - G_j)`` for i >= j, else 0, as ``[BT, BT]``, from ``g [BT, 1]``."""
     BT: tl.constexpr = b_g.shape[0]
     rows = tl.arange(0, BT)
     if TRANSPOSED:  # along the queries of a key, the sum begins behind the key
         b_sum = tl.cumsum(tl.where(rows[:, None] < rows[None, :], tl.trans(b_g), 0.0), 1)
-        b_d = tl.where(rows[:, None] <= rows[None, :], tl.exp2(b_sum), 0.0)
+        b_d = tl.where(rows[:, None] <= rows[None, :], decay(b_sum, DTYPE), 0.0)
     else:
         b_sum = tl.cumsum(tl.where(rows[:, None] > rows[None, :], b_g, 0.0), 0)
-        b_d = tl.where(rows[:, None] >= rows[None, :], tl.exp2(b_sum), 0.0)
+        b_d = tl.where(rows[:, None] >= rows[None, :], decay(b_sum, DTYPE), 0.0)
     return b_d
 
 
@@ -125,12 +146,12 @@ def expm1(x):
 
 
 @triton.jit
-def age(b_s, b_total):
-    """``exp2(total) * S`` with the factor in two parts, for ``total`` that broadcasts to S.
+def age(b_s, b_total, DTYPE: tl.constexpr):
+    """``exp(total) * S`` with the factor in two parts, for ``total`` that broadcasts to S.
 
     One float32 close to 1 would be rounded the same way in every chunk of a constant decay.
     """
-    b_near = expm1(tl.maximum(b_total, -1.0) * LN_2)
-    b_factor = tl.where(b_total > -0.25, 1.0 + b_near, tl.exp2(b_total))
+    b_near = expm1(tl.maximum(b_total, -1.0))
+    b_factor = tl.where(b_total > -0.25, 1.0 + b_near, decay(b_total, DTYPE))
     b_rest = tl.where(b_total > -0.25, b_near - (b_factor - 1.0), 0.0)
     return b_factor * b_s + b_rest * b_s

@@ -94,12 +94,20 @@ def store_slice(p_x, x, rows, live, b_x, first, D: tl.constexpr, BD: tl.constexp
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """``x`` in ``DTYPE``, rounded to the nearest; the interpreter would cut bf16 off instead."""
-    if INTERPRETED and DTYPE == tl.bfloat16 and x.dtype == tl.float32:
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        x = _round_bf16(x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _round_bf16(x):
+    """float32 numbers rounded to those that bf16 has, ties to even."""
+    if x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        bits = tl.where((bits & 0x7F800000) == 0x7F800000, bits, rounded)  # infinity, NaN
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
+        special = (bits & 0x7F800000) == 0x7F800000  # infinity, NaN
+        x = tl.where(special, bits, rounded).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -121,25 +129,27 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
-def _cut(x):
-    """What a TF32 tensor core sees of float32; on a device, ``x``."""
-    if INTERPRETED:
-        x = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    return x
-
-
-@triton.jit
 def product(a, b, like, acc=None):
     """``acc + a @ b`` in float32 of computed operands, in a precision that suits ``like``.
 
     ``like`` is a ``Strided`` input. bf16 operands go with bf16 inputs. With float16 inputs they are
-    rounded to TF32, which has as many digits and cannot overflow; with float32 inputs not at all.
+    cut to TF32, which has as many digits and cannot overflow; with float32 inputs not at all.
     """
     DTYPE: tl.constexpr = like.ptr.dtype.element_ty
+    PRECISION: tl.constexpr = "tf32" if DTYPE == tl.float16 else "ieee"
+    return tl.dot(_operand(a, DTYPE), _operand(b, DTYPE), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _operand(x, DTYPE: tl.constexpr):
+    """``x`` for a tensor core; in the interpreter, float32 with the digits that one would see."""
     if DTYPE == tl.bfloat16:
-        acc = dot(narrow(a, tl.bfloat16), narrow(b, tl.bfloat16), acc)
-    elif DTYPE == tl.float16:
-        acc = tl.dot(_cut(a.to(tl.float32)), _cut(b.to(tl.float32)), acc, input_precision="tf32")
+        if INTERPRETED:
+            x = _round_bf16(x).to(tl.float32)
+        else:
+            x = x.to(tl.bfloat16)
     else:
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return acc
+        x = x.to(tl.float32)
+        if INTERPRETED and DTYPE == tl.float16:
+            x = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return x

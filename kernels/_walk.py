@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnvariants.kernels._decay import to_base_2
+from attnvariants.kernels._decay import NOTHING
 from attnvariants.kernels._feature_map import apply_map
 from attnvariants.kernels._tiles import load_slice, locate, odd
 
@@ -140,14 +140,14 @@ def load_state(states, walk, i_s, i_h, dims: tl.constexpr, i_k, i_v, TRANSPOSED:
 def load_log_decay(
     g, i_b, i_h, t, live, i_k, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
 ):
-    """The log-decays of a chunk to base 2: ``[BT, BK]`` per "channel", ``[BT, 1]`` per "token"."""
+    """The log-decays of a chunk in float32: ``[BT, BK]`` per "channel", ``[BT, 1]`` per "token"."""
     rows = tl.arange(0, live.shape[0])
     p_g = locate(g, i_b, i_h, t)
     if KIND == "channel":
         b_g = load_slice(p_g, g, rows, live, i_k, K, BK)
     else:
         b_g = tl.load(p_g + rows * g.time, mask=live, other=0.0)[:, None]
-    return to_base_2(b_g)
+    return tl.maximum(b_g.to(tl.float32), NOTHING)
 
 
 @triton.jit
@@ -172,14 +172,6 @@ def load_row_scale(rstd, scale, i_b, i_h, t, live):
         p_r = locate(rstd, i_b, i_h, t) + tl.arange(0, BT) * rstd.time
         b_r = tl.load(p_r, mask=live, other=0.0)[:, None] * scale
     return b_r
-
-
-@triton.jit
-def load_sum_since_start(
-    g, i_b, i_h, t, live, i_k, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
-):
-    """``G_i``, the log-decay from the start of a chunk to a row, itself included."""
-    return tl.cumsum(load_log_decay(g, i_b, i_h, t, live, i_k, K, BK, KIND), 0)
 
 
 @triton.jit

@@ -26,6 +26,7 @@ import triton.language as tl
 from attnvariants.kernels._decay import (
     age,
     count_levels,
+    decay,
     level_decay,
     same_block,
     sum_rows,
@@ -58,6 +59,7 @@ class QueryKeyGradients(NamedTuple):
 def replay(b_s, k, v, g, i_b, i_h, t, begin, i_k, dims: tl.constexpr, kind: tl.constexpr):
     """The state ``[BV, BK]`` at token ``t`` from the one at ``begin``, over whole chunks."""
     BT: tl.constexpr = dims.BT
+    DTYPE: tl.constexpr = k.ptr.dtype.element_ty
     rows = tl.arange(0, BT)
     live = rows < BT
     for i_t in tl.range(begin, t, BT):
@@ -68,8 +70,8 @@ def replay(b_s, k, v, g, i_b, i_h, t, begin, i_k, dims: tl.constexpr, kind: tl.c
             b_after = load_sum_until_end(
                 g, i_b, i_h, i_t, i_t + BT, i_k, BT, dims.K, dims.BK, kind.DECAY
             )
-            b_k = b_k * tl.exp2(b_after)
-            b_s = age(b_s, tl.sum(b_g, 0)[None, :])
+            b_k = b_k * decay(b_after, DTYPE)
+            b_s = age(b_s, tl.sum(b_g, 0)[None, :], DTYPE)
         b_s += product(tl.trans(b_v), b_k, k)
     return b_s
 
@@ -139,6 +141,7 @@ def linear_backward_qk_kernel(
     BT: tl.constexpr = dims.BT
     BK: tl.constexpr = dims.BK
     NK: tl.constexpr = (dims.K + BK - 1) // BK
+    DTYPE: tl.constexpr = q.ptr.dtype.element_ty
     i_program = tl.program_id(0)
     i_slice = i_program % NK
     i_k = i_slice * BK
@@ -174,19 +177,19 @@ def linear_backward_qk_kernel(
         b_qd = b_q
         if kind.DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, live, i_k, dims.K, BK, kind.DECAY)
-            b_before = tl.exp2(tl.cumsum(b_g, 0))
+            b_before = decay(tl.cumsum(b_g, 0), DTYPE)
             b_after = load_sum_until_end(g, i_b, i_h, t, end, i_k, BT, dims.K, BK, kind.DECAY)
             b_total = tl.sum(b_g, 0)[None, :]
             b_qd = b_q * b_before
             b_dq = b_dq * b_before
-            b_dk = b_dk * tl.exp2(b_after)
+            b_dk = b_dk * decay(b_after, DTYPE)
             if grads.dg is not None:
                 b_dg = sum_crossing(b_q * b_dq, q, True, kind.DECAY)
                 b_dg += sum_crossing(b_k * b_dk, q, False, kind.DECAY)
                 b_through = tl.sum(b_s * b_ds, 0)[None, :]  # [1, BK]
                 if kind.DECAY == "token":
                     b_through = tl.sum(b_through, 1)[:, None]
-                b_dg += tl.exp2(b_total) * b_through
+                b_dg += decay(b_total, DTYPE) * b_through
             else:
                 b_dg = b_dq
         if kind.CAUSAL:
@@ -201,7 +204,7 @@ def linear_backward_qk_kernel(
                     b_dq, b_dk, b_dg, b_q, b_k, b_g, b_da, b_dat, q, grads.dg is not None
                 )
             elif kind.DECAY == "token":
-                b_d = token_decay(b_g, False)
+                b_d = token_decay(b_g, DTYPE, False)
                 if grads.dg is not None:
                     b_flow = product(b_q, tl.trans(b_k), q) * b_d * b_da
                     b_flow = tl.where(rows[:, None] > rows[None, :], b_flow, 0.0)
@@ -209,12 +212,12 @@ def linear_backward_qk_kernel(
                     b_flow = tl.where(rows[:, None] > rows[None, :], b_flow, 0.0)
                     b_dg += tl.sum(b_flow, 1)[:, None]
                 b_dq += product(b_da * b_d, b_k, q)
-                b_dk += product(b_dat * token_decay(b_g, True), b_q, q)
+                b_dk += product(b_dat * token_decay(b_g, DTYPE, True), b_q, q)
             else:
                 b_dq += product(tl.where(rows[:, None] >= rows[None, :], b_da, 0.0), b_k, q)
                 b_dk += product(tl.where(rows[:, None] <= rows[None, :], b_dat, 0.0), b_q, q)
             if kind.DECAY is not None:
-                b_ds = age(b_ds, b_total)
+                b_ds = age(b_ds, b_total, DTYPE)
             b_ds += product(tl.trans(b_do), b_qd, q)
         b_dq = b_dq * b_r
         if kind.FEATURE_MAP is not None:
@@ -252,6 +255,7 @@ def linear_backward_v_kernel(
 ):
     BT: tl.constexpr = dims.BT
     NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
+    DTYPE: tl.constexpr = q.ptr.dtype.element_ty
     i_program = tl.program_id(0)
     i_v = i_program % NV * dims.BV
     heads = walk.heads >> 1
@@ -271,7 +275,7 @@ def linear_backward_v_kernel(
         b_k = load_features(k, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
         if kind.DECAY is not None:
             b_after = load_sum_until_end(g, i_b, i_h, t, end, 0, BT, dims.K, dims.BK, kind.DECAY)
-            b_k = b_k * tl.exp2(b_after)
+            b_k = b_k * decay(b_after, DTYPE)
         b_dv = product(b_k, b_ds, q)  # [BT, BV]
         if kind.CAUSAL:
             b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i_v, dims.V, dims.BV)
@@ -280,8 +284,8 @@ def linear_backward_v_kernel(
             b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, live)
             if kind.DECAY is not None:
                 b_g = load_log_decay(g, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.DECAY)
-                b_q = b_q * tl.exp2(tl.cumsum(b_g, 0))
-                b_ds = age(b_ds, tl.sum(b_g, 0)[:, None])
+                b_q = b_q * decay(tl.cumsum(b_g, 0), DTYPE)
+                b_ds = age(b_ds, tl.sum(b_g, 0)[:, None], DTYPE)
             b_ds += product(tl.trans(b_q), b_do, q)
         store_slice(locate(dv, i_b, i_h, t), dv, rows, live, b_dv, i_v, dims.V, dims.BV)
     if dstart is not None:

@@ -18,6 +18,7 @@ import triton.language as tl
 from attnvariants.kernels._decay import (
     add_channel_scores,
     age,
+    decay,
     token_decay,
 )
 from attnvariants.kernels._tiles import load_slice, locate, product, store_slice
@@ -43,6 +44,7 @@ def chunk_scores(
     """
     BT: tl.constexpr = dims.BT
     BC: tl.constexpr = dims.BC
+    DTYPE: tl.constexpr = q.ptr.dtype.element_ty
     b_a = tl.zeros([BT, BT], tl.float32)
     for i_k in tl.range(0, dims.K, BC, loop_unroll_factor=1):
         b_q = load_features(q, i_b, i_h, t, live, i_k, dims.K, BC, kind.FEATURE_MAP)
@@ -57,7 +59,7 @@ def chunk_scores(
             b_a += product(b_q, tl.trans(b_k), q)
     if kind.DECAY == "token":
         b_g = load_log_decay(g, i_b, i_h, t, live, 0, dims.K, BC, "token")
-        b_a = b_a * token_decay(b_g, T)
+        b_a = b_a * token_decay(b_g, DTYPE, T)
     elif kind.DECAY is None:
         rows = tl.arange(0, BT)
         if T:
@@ -85,6 +87,7 @@ def linear_forward_kernel(
 ):
     BT: tl.constexpr = dims.BT
     NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
+    DTYPE: tl.constexpr = q.ptr.dtype.element_ty
     i_program = tl.program_id(0)
     i_slice = i_program % NV
     i_v = i_slice * dims.BV
@@ -108,13 +111,14 @@ def linear_forward_kernel(
                 b_g = load_log_decay(g, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.DECAY)
             b_o = product(b_a, b_v, q)  # [BT, BV]
             if kind.DECAY is not None:
-                b_q = b_q * tl.exp2(tl.cumsum(b_g, 0))
-                b_k = b_k * tl.exp2(
-                    load_sum_until_end(g, i_b, i_h, t, end, 0, BT, dims.K, dims.BK, kind.DECAY)
+                b_q = b_q * decay(tl.cumsum(b_g, 0), DTYPE)
+                b_after = load_sum_until_end(
+                    g, i_b, i_h, t, end, 0, BT, dims.K, dims.BK, kind.DECAY
                 )
+                b_k = b_k * decay(b_after, DTYPE)
             b_o += product(b_q, b_s, q)
             if kind.DECAY is not None:
-                b_s = age(b_s, tl.sum(b_g, 0)[:, None])
+                b_s = age(b_s, tl.sum(b_g, 0)[:, None], DTYPE)
             b_s += product(tl.trans(b_k), b_v, q)
         else:
             b_q = load_features(q, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)

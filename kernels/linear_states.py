@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from attnvariants.kernels._decay import age
+from attnvariants.kernels._decay import age, decay
 from attnvariants.kernels._tiles import load_slice, locate, product
 from attnvariants.kernels._walk import (
     find_segment,
@@ -41,7 +41,7 @@ def linear_states_kernel(
     start,  # [segments, H, K, V], states to start from; None for zeros
     finish,  # [segments, H, K, V], states arrived at; None
     marks,  # [slots of marked, H, K, V], states at the start of the segments of marked; None
-    total,  # [segments, H, K] or [segments, H], log-decay of a segment to base 2; None
+    total,  # [segments, H, K] or [segments, H], log-decay of a segment; None
     walk,  # Walk
     marked,  # Walk with spans that divide those of walk
     scale,
@@ -51,6 +51,7 @@ def linear_states_kernel(
 ):
     """The state of every segment, chunk by chunk; a program holds a tile of it."""
     BT: tl.constexpr = dims.BT
+    DTYPE: tl.constexpr = k.ptr.dtype.element_ty
     NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
     NK: tl.constexpr = (dims.K + dims.BK - 1) // dims.BK
     i_program = tl.program_id(0)
@@ -89,9 +90,9 @@ def linear_states_kernel(
                 b_decay = load_sum_until_end(
                     g, i_b, i_h, t, end, i_k, BT, dims.K, dims.BK, kind.DECAY
                 )
-            b_k = b_k * tl.exp2(b_decay)
+            b_k = b_k * decay(b_decay, DTYPE)
             b_total = tl.sum(b_g, 0)
-            b_s = age(b_s, b_total[:, None])
+            b_s = age(b_s, b_total[:, None], DTYPE)
             b_sum += b_total
         b_s += product(tl.trans(b_k), b_v, k)
 
@@ -149,9 +150,9 @@ def linear_scan_kernel(
         row = tl.cast(i_s, tl.int64) * heads + i_h
         if DECAY == "channel":
             b_total = tl.load(total + row * dims.K + cols, mask=cols < dims.K, other=0.0)
-            b_s = age(b_s, b_total[:, None])
+            b_s = age(b_s, b_total[:, None], tl.float32)
         elif DECAY == "token":
-            b_s = age(b_s, tl.load(total + row))
+            b_s = age(b_s, tl.load(total + row), tl.float32)
         b_s += b_own
     if finish is not None:
         p_f, mask = locate_state(finish, walk, i_n, i_h, dims, i_k, i_v, False)
