@@ -22,7 +22,13 @@ FUNCTIONS = (
 
 # Functions with kernels: filled as kernels/ and csrc/ gain them.
 TRITON_FUNCTIONS = frozenset(
-    {"gated_sdpa", "ls_attention", "gated_linear_attention", "norm_linear_attention"}
+    {
+        "gated_sdpa",
+        "ls_attention",
+        "diag_attention",
+        "gated_linear_attention",
+        "norm_linear_attention",
+    }
 )
 CUDA_FUNCTIONS: frozenset[str] = frozenset()
 
@@ -64,7 +70,7 @@ def select(function: str, impl: str, device: torch.device, dtype: torch.dtype) -
         return impl
     usable = (name for name in IMPLEMENTATIONS if not _obstacle(function, name, device, dtype))
     if impl == "auto":
-        return next(name for name in usable if not (name == "triton" and _interpreting()))
+        return next(name for name in usable if not (name == "triton" and interpreting()))
     obstacle = _obstacle(function, impl, device, dtype)
     if obstacle:
         raise NotImplementedError(
@@ -84,7 +90,7 @@ def _availability(function: str, impl: str) -> Availability:
 def _note(impl: str) -> str:
     return {
         "reference": "the definition in plain PyTorch, any device",
-        "triton": "Triton's interpreter on CPU tensors" if _interpreting() else "CUDA tensors",
+        "triton": "Triton's interpreter on CPU tensors" if interpreting() else "CUDA tensors",
         "cuda": "CUDA tensors",
     }[impl]
 
@@ -96,7 +102,7 @@ def _missing(function: str, impl: str) -> str:
             return "this version has no Triton kernel for it"
         if importlib.util.find_spec("triton") is None:
             return "the triton package is not installed (pip install triton)"
-        if not torch.cuda.is_available() and not _interpreting():
+        if not torch.cuda.is_available() and not interpreting():
             return "no CUDA device (set TRITON_INTERPRET=1 before import to run it on a CPU)"
     if impl == "cuda":
         if function not in CUDA_FUNCTIONS:
@@ -118,7 +124,7 @@ def _obstacle(function: str, impl: str, device: torch.device, dtype: torch.dtype
         return missing
     on_cuda = device.type == "cuda"
     if (impl == "cuda" and not on_cuda) or (
-        impl == "triton" and not on_cuda and not _interpreting()
+        impl == "triton" and not on_cuda and not interpreting()
     ):
         return f"it takes CUDA tensors, got {device}"
     if impl in ("cuda", "triton") and dtype == torch.float64:
@@ -126,5 +132,6 @@ def _obstacle(function: str, impl: str, device: torch.device, dtype: torch.dtype
     return ""
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """Whether Triton kernels run on CPU tensors in Triton's interpreter: right, but very slow."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from attnvariants._select import FUNCTIONS, IMPLEMENTATIONS
+from attnvariants._select import FUNCTIONS, IMPLEMENTATIONS, interpreting
 from bench import speed_tables, timing
 from bench.cases import MODES, Case
 from bench.console import make_console, progress
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--impls",
         nargs="+",
         choices=IMPLEMENTATIONS,
-        help="default: all that are usable here, but the reference",
+        help="default: all that are usable here, but the reference and Triton's interpreter",
     )
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, help="default: bfloat16 on a GPU, else float32"
@@ -158,7 +158,8 @@ class Session:
         path: Path,
     ) -> None:
         self.device = device
-        self.impls = impls or [impl for impl in IMPLEMENTATIONS if impl != "reference"]
+        left_out = {"reference", "triton"} if interpreting() else {"reference"}
+        self.impls = impls or [impl for impl in IMPLEMENTATIONS if impl not in left_out]
         self.protocol = protocol
         self.path = path
         self.environment = describe()

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
-
 from attnvariants.kernels._tiles import INTERPRETED
+from torch import Tensor
 
 
 class Config(NamedTuple):

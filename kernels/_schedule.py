@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from attnvariants.kernels._tiles import odd
+from torch import Tensor
 
 UNLIMITED = -1  # a window of all keys, as operators take it
 _FAR = 2**30  # further than any key

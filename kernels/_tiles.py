@@ -82,32 +82,13 @@ def load_slice(p_x, x, rows, live, first, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def store_slice(p_x, x, rows, live, b_x, first, D: tl.constexpr, BD: tl.constexpr):
-    """Stores ``b_x [rows, BD]`` to the columns from ``first`` on."""
+    """Stores ``b_x [rows, BD]`` to the columns from ``first`` on, rounded once."""
     cols = first + tl.arange(0, BD)
     p_tile = p_x + rows[:, None] * x.time + cols[None, :] * x.dim
     mask = live[:, None]
     if D % BD != 0:
         mask = mask & (cols[None, :] < D)
-    tl.store(p_tile, narrow(b_x, x.ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    """``x`` in ``DTYPE``, rounded to the nearest; the interpreter would cut bf16 off instead."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
-        x = _round_bf16(x)
-    return x.to(DTYPE)
-
-
-@triton.jit
-def _round_bf16(x):
-    """float32 numbers rounded to those that bf16 has, ties to even."""
-    if x.dtype == tl.float32:
-        bits = x.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        special = (bits & 0x7F800000) == 0x7F800000  # infinity, NaN
-        x = tl.where(special, bits, rounded).to(tl.float32, bitcast=True)
-    return x
+    tl.store(p_tile, cast(b_x, x.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -116,7 +97,23 @@ def store_rows(p_x, x, rows, live, b_x, D: tl.constexpr, BD: tl.constexpr):
     cols = tl.arange(0, BD)
     p_tile = p_x + rows[:, None] * x.time + cols[None, :] * x.dim
     mask = live[:, None] & (cols[None, :] < D)
-    tl.store(p_tile, narrow(b_x, x.ptr.dtype.element_ty), mask=mask)
+    tl.store(p_tile, cast(b_x, x.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """``x`` rounded to the nearest number of ``dtype``, in the interpreter too."""
+    if INTERPRETED and x.dtype == tl.float32 and dtype == tl.bfloat16:  # it cuts bits off
+        x = round_bf16(x)
+    return x.to(dtype)
+
+
+@triton.jit
+def round_bf16(x):
+    """float32 rounded to the nearest numbers that bf16 has."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -129,27 +126,28 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
-def product(a, b, like, acc=None):
-    """``acc + a @ b`` in float32 of computed operands, in a precision that suits ``like``.
+def product(a, b, like):
+    """``a @ b`` in float32, of computed operands in a precision that suits the dtype of ``like``.
 
     ``like`` is a ``Strided`` input. bf16 operands go with bf16 inputs. With float16 inputs they are
     cut to TF32, which has as many digits and cannot overflow; with float32 inputs not at all.
     """
     DTYPE: tl.constexpr = like.ptr.dtype.element_ty
     PRECISION: tl.constexpr = "tf32" if DTYPE == tl.float16 else "ieee"
-    return tl.dot(_operand(a, DTYPE), _operand(b, DTYPE), acc, input_precision=PRECISION)
+    return tl.dot(_operand(a, DTYPE), _operand(b, DTYPE), input_precision=PRECISION)
 
 
 @triton.jit
 def _operand(x, DTYPE: tl.constexpr):
     """``x`` for a tensor core; in the interpreter, float32 with the digits that one would see."""
-    if DTYPE == tl.bfloat16:
-        if INTERPRETED:
-            x = _round_bf16(x).to(tl.float32)
-        else:
-            x = x.to(tl.bfloat16)
+    if INTERPRETED:
+        x = x.to(tl.float32)
+        if DTYPE == tl.bfloat16:
+            x = round_bf16(x)
+        elif DTYPE == tl.float16:
+            x = (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    elif DTYPE == tl.bfloat16:
+        x = x.to(tl.bfloat16)
     else:
         x = x.to(tl.float32)
-        if INTERPRETED and DTYPE == tl.float16:
-            x = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     return x

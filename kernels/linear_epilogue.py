@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from attnvariants.kernels._feature_map import apply_map, map_gradient
-from attnvariants.kernels._tiles import load_slice, locate, narrow, store_slice
+from attnvariants.kernels._tiles import load_slice, locate, cast, store_slice
 
 
 class Epilogue(NamedTuple):
@@ -209,7 +209,7 @@ def linear_cotangent_kernel(
             if dgate.dim is None:
                 b_sum = tl.sum(b_dg, 1)[:, None] * map_gradient(b_gate, norm.ACTIVATION)
                 p_sum = p_dg + rows[:, None] * dgate.time
-                tl.store(p_sum, narrow(b_sum, dgate.ptr.dtype.element_ty), mask=live[:, None])
+                tl.store(p_sum, cast(b_sum, dgate.ptr.dtype.element_ty), mask=live[:, None])
             else:
                 b_dg = b_dg * map_gradient(b_gate, norm.ACTIVATION)
                 store_slice(p_dg, dgate, rows, live, b_dg, 0, V, BV)

@@ -1,4 +1,4 @@
-"""Launches of the softmax kernels, behind ``gated_sdpa``, ``ls_attention`` and ``diag_attention``."""
+"""Launches of the softmax kernels, which serve gated_sdpa, ls_attention and diag_attention."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
-
 from attnvariants.kernels._configs import configure
 from attnvariants.kernels._launch import launch, tile_dim
 from attnvariants.kernels._schedule import Sizes, bands
@@ -18,6 +16,7 @@ from attnvariants.kernels.softmax_backward import (
     softmax_backward_rows_kernel,
 )
 from attnvariants.kernels.softmax_forward import Dims, softmax_forward_kernel
+from torch import Tensor
 
 
 def forward(
@@ -33,7 +32,7 @@ def forward(
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the operator ``softmax_forward``."""
-    return _Call(q, k, v, cu_seqlens, windows, causal, scale).forward(gate, activation, stats)
+    return SoftmaxCall(q, k, v, cu_seqlens, windows, causal, scale).forward(gate, activation, stats)
 
 
 def backward(
@@ -52,12 +51,12 @@ def backward(
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See the operator ``softmax_backward``."""
-    call = _Call(q, k, v, cu_seqlens, windows, causal, scale)
-    dpre, delta, dgate = _backward_rows(dout, dlse, gate, out, activation)
+    call = SoftmaxCall(q, k, v, cu_seqlens, windows, causal, scale)
+    dpre, delta, dgate = backward_rows(dout, dlse, gate, out, activation)
     return *call.backward(dpre, lse, delta), q.new_empty(0) if dgate is None else dgate
 
 
-class _Call:
+class SoftmaxCall:
     """One call of the engine: what its kernels share."""
 
     def __init__(
@@ -155,7 +154,7 @@ class _Call:
         return config, sizes, (sizes.tiles >> 1) * batch * heads
 
 
-def _backward_rows(
+def backward_rows(
     dout: Tensor,
     dlse: Tensor | None,
     gate: Tensor | None,

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from attnvariants.kernels._gate import activate, log_derivative
 from attnvariants.kernels._schedule import find_rows, masked_tile, pick_tile, visible_tiles
-from attnvariants.kernels._tiles import LOG2_E, dot, load_rows, locate, store_rows
+from attnvariants.kernels._tiles import LOG2_E, cast, dot, load_rows, locate, store_rows
 
 
 @triton.jit
@@ -56,14 +55,14 @@ def softmax_backward_rows_kernel(
             b_gate = tl.load(p_gate + rows * gate.time, mask=live, other=0.0).to(tl.float32)
             b_dgate = tl.sum(b_product, 1) * log_derivative(b_gate, ACTIVATION)
             p_dgate = locate(dgate, i_b, i_h, first) + rows * dgate.time
-            tl.store(p_dgate, b_dgate.to(dgate.ptr.dtype.element_ty), mask=live)
+            tl.store(p_dgate, cast(b_dgate, dgate.ptr.dtype.element_ty), mask=live)
             b_gate = b_gate[:, None]
         else:
             b_gate = load_rows(p_gate, gate, rows, live, V, BV).to(tl.float32)
             b_dgate = b_product * log_derivative(b_gate, ACTIVATION)
             store_rows(locate(dgate, i_b, i_h, first), dgate, rows, live, b_dgate, V, BV)
         b_act = activate(b_gate, ACTIVATION)
-        b_do = (b_dy * b_act).to(dpre.ptr.dtype.element_ty)  # [BT, BV]
+        b_do = cast(b_dy * b_act, dpre.ptr.dtype.element_ty)  # [BT, BV]
         store_rows(locate(dpre, i_b, i_h, first), dpre, rows, live, b_do, V, BV)
         open_gate = b_act > 0
         b_o = tl.where(open_gate, b_y / tl.where(open_gate, b_act, 1.0), 0.0)
@@ -147,14 +146,14 @@ def softmax_backward_dq_kernel(
         b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, exists, V, BV)
         b_p = probabilities(dot(b_q, tl.trans(b_k)), factor, b_lse[:, None], visible, RELU)
         b_ds = logit_gradients(b_p, dot(b_do, tl.trans(b_v)), b_delta[:, None], RELU)
-        b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
+        b_dq = dot(cast(b_ds, b_k.dtype), b_k, b_dq)
     for i_tile_s in tl.range(free, edge):
         i_s = i_tile_s * BS
         b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, None, K, BK)
         b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, None, V, BV)
         b_p = probabilities(dot(b_q, tl.trans(b_k)), factor, b_lse[:, None], None, RELU)
         b_ds = logit_gradients(b_p, dot(b_do, tl.trans(b_v)), b_delta[:, None], RELU)
-        b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
+        b_dq = dot(cast(b_ds, b_k.dtype), b_k, b_dq)
     b_dq = b_dq * scale
     store_rows(locate(dq, i_b, i_h, start + first), dq, rows, live, b_dq, K, BK)
 
@@ -238,11 +237,11 @@ def softmax_backward_dkdv_kernel(
         b_s = dot(b_k, tl.trans(b_q))  # [BS, BT]
         b_lse = load_statistic(lse, offset, rows, live) * LOG2_E
         b_p = probabilities(b_s, factor, b_lse[None, :], visible, RELU)
-        b_dv = dot(b_p.to(b_do.dtype), b_do, b_dv)
+        b_dv = dot(cast(b_p, b_do.dtype), b_do, b_dv)
         b_dp = dot(b_v, tl.trans(b_do))  # [BS, BT]
         b_delta = load_statistic(delta, offset, rows, live)
         b_ds = logit_gradients(b_p, b_dp, b_delta[None, :], RELU)
-        b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
+        b_dk = dot(cast(b_ds, b_q.dtype), b_q, b_dk)
     inner = edge - free
     for n in tl.range(0, GROUP * inner):
         i_h = i_kv * GROUP + n // inner
@@ -253,11 +252,11 @@ def softmax_backward_dkdv_kernel(
         b_s = dot(b_k, tl.trans(b_q))  # [BS, BT]
         b_lse = load_statistic(lse, offset, rows, None) * LOG2_E
         b_p = probabilities(b_s, factor, b_lse[None, :], None, RELU)
-        b_dv = dot(b_p.to(b_do.dtype), b_do, b_dv)
+        b_dv = dot(cast(b_p, b_do.dtype), b_do, b_dv)
         b_dp = dot(b_v, tl.trans(b_do))  # [BS, BT]
         b_delta = load_statistic(delta, offset, rows, None)
         b_ds = logit_gradients(b_p, b_dp, b_delta[None, :], RELU)
-        b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
+        b_dk = dot(cast(b_ds, b_q.dtype), b_q, b_dk)
     b_dk = b_dk * scale
     store_rows(locate(dk, i_b, i_kv, start + first), dk, cols, exists, b_dk, K, BK)
     store_rows(locate(dv, i_b, i_kv, start + first), dv, cols, exists, b_dv, V, BV)

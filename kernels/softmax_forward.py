@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-
 from attnvariants.kernels._gate import activate
 from attnvariants.kernels._schedule import find_rows, masked_tile, pick_tile, visible_tiles
-from attnvariants.kernels._tiles import LN_2, LOG2_E, dot, load_rows, locate, store_rows
+from attnvariants.kernels._tiles import LN_2, LOG2_E, cast, dot, load_rows, locate, store_rows
 
 
 class Dims(NamedTuple):
@@ -47,7 +46,7 @@ def accumulate(
         b_rescale = tl.exp2(b_m - b_base)
         b_l = b_l * b_rescale + tl.sum(b_p, 1)
         b_o = b_o * b_rescale[:, None]
-    b_o = dot(b_p.to(b_v.dtype), b_v, b_o)
+    b_o = dot(cast(b_p, b_v.dtype), b_v, b_o)
     return b_o, b_new, b_l
 
 

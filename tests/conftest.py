@@ -29,3 +29,9 @@ def _poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are then not usable on a CPU, as for most users: the slow interpreter is not run."""
+    monkeypatch.delenv("TRITON_INTERPRET")

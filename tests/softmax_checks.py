@@ -103,7 +103,9 @@ def check_definition(function: str, tensors: Inputs, dtype: torch.dtype, **optio
         assert error <= budget, f"{name}: rms error {error / plain_error:.2f} x that of float32"
 
 
-def check_operators(function: str, tensors: Inputs, names: set[str], **options: Any) -> None:
+def check_operators(
+    function: str, tensors: Inputs, names: set[str], impl: str = "eager", **options: Any
+) -> None:
     """``opcheck`` of every operator in ``names``, with the arguments a call of ``function`` has."""
     seen: dict[str, tuple[Any, ...]] = {}
 
@@ -117,13 +119,15 @@ def check_operators(function: str, tensors: Inputs, names: set[str], **options: 
             return func(*args, **(kwargs or {}))
 
     with Spy():
-        results(function, tensors, impl="eager", **options)
+        results(function, tensors, impl=impl, **options)
     assert set(seen) == names
     for name, arguments in seen.items():
         torch.library.opcheck(getattr(torch.ops.attnvariants, name).default, arguments)
 
 
-def check_compile(function: str, make: Callable[[int], Inputs], **options: Any) -> None:
+def check_compile(
+    function: str, make: Callable[[int], Inputs], impl: str = "eager", **options: Any
+) -> None:
     """One graph without breaks, for two lengths, equal to the call that is not compiled."""
     public = getattr(attnvariants, function)
     compiled = torch.compile(public, fullgraph=True, backend="aot_eager")
@@ -132,18 +136,23 @@ def check_compile(function: str, make: Callable[[int], Inputs], **options: Any) 
         leaves = {name: x.requires_grad_() for name, x in tensors.items() if x.is_floating_point()}
         gradients = []
         for call in (compiled, public):
-            out = call(**tensors, impl="eager", **options)
+            out = call(**tensors, impl=impl, **options)
             if isinstance(out, tuple):
                 out = torch.cat([out[0].flatten(), out[1].lse.flatten()])
             gradients.append((out, torch.autograd.grad(out.square().sum(), leaves.values())))
         torch.testing.assert_close(*gradients)
 
 
-def check_autocast(function: str, tensors: Inputs, **options: Any) -> None:
+def check_autocast(
+    function: str,
+    tensors: Inputs,
+    impls: tuple[str, ...] = ("eager", "reference"),
+    **options: Any,
+) -> None:
     """As if the caller had cast the floating inputs, forward and backward, in both precisions."""
     single = {n: x.float() if x.is_floating_point() else x for n, x in tensors.items()}
     half = {n: x.bfloat16() if x.is_floating_point() else x for n, x in tensors.items()}
-    for impl in ("eager", "reference"):
+    for impl in impls:
         found = results(function, single, autocast=True, impl=impl, **options)
         wanted = results(function, half, impl=impl, **options)
         assert found["out"].dtype == torch.bfloat16
@@ -151,7 +160,7 @@ def check_autocast(function: str, tensors: Inputs, **options: Any) -> None:
         torch.testing.assert_close(found, wanted, check_dtype=False, rtol=0, atol=0)
 
 
-def check_strides(function: str, tensors: Inputs, **options: Any) -> None:
+def check_strides(function: str, tensors: Inputs, impl: str = "eager", **options: Any) -> None:
     """Any strides give the same as contiguous tensors, forward and backward."""
     moved = {}
     for name, tensor in tensors.items():
@@ -160,8 +169,8 @@ def check_strides(function: str, tensors: Inputs, **options: Any) -> None:
         moved[name] = layout[..., 1::2]
         moved[name].copy_(tensor)
         assert not moved[name].is_contiguous()
-    found = results(function, moved, impl="eager", **options)
-    assert_same(found, results(function, tensors, impl="eager", **options))
+    found = results(function, moved, impl=impl, **options)
+    assert_same(found, results(function, tensors, impl=impl, **options))
 
 
 def check_documents(

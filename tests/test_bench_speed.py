@@ -23,6 +23,8 @@ from bench.peers import Peer
 from bench.records import read_json
 from bench.speed_cases import SpeedCase, speed_cases
 
+pytestmark = pytest.mark.usefixtures("without_interpreter")
+
 BOTH = (FORWARD, TRAINING)
 GATED = Case("gated_sdpa", "gated", length=32, gate="elementwise")
 LOCAL = Case("ls_attention", "ls", length=48, options={"window": (8, None)})

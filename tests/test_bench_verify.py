@@ -19,6 +19,8 @@ from bench.errors import BenchError
 from bench.records import read_json
 from bench.verify_cases import verify_cases
 
+pytestmark = pytest.mark.usefixtures("without_interpreter")
+
 
 def _run(out: Path, *arguments: str) -> int:
     parser = argparse.ArgumentParser()

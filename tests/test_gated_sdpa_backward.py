@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_gradients_of_gradients_are_refused() -> None:
 # Saved tensors.
 
 
-def saved_bytes(dtype: torch.dtype, **shape: Any) -> tuple[int, int]:
+def saved_bytes(impl: str, dtype: torch.dtype, **shape: Any) -> tuple[int, int]:
     """Bytes kept for the backward beyond the inputs other than the gate, and those of ``out``."""
     tensors = {name: x.to(dtype).requires_grad_() for name, x in draw(**shape).items()}
     storages: dict[int, int] = {}
@@ -111,7 +112,7 @@ def saved_bytes(dtype: torch.dtype, **shape: Any) -> tuple[int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = gated_sdpa(**tensors, impl="eager")
+        out = gated_sdpa(**tensors, impl=impl)
     for name in "qkv":
         storages.pop(tensors[name].untyped_storage().data_ptr())
     assert out.requires_grad
@@ -120,9 +121,12 @@ def saved_bytes(dtype: torch.dtype, **shape: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("gate", "units"), [(None, 1.0), ("headwise", 1.0), ("elementwise", 2.0)])
 @pytest.mark.parametrize("dtype", [BF16, F32])
-def test_what_the_backward_keeps(gate: str | None, units: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_what_the_backward_keeps(
+    gate: str | None, units: float, dtype: torch.dtype, impl: str
+) -> None:
     """The gated output, the gate's logits and one fp32 log-sum-exp per row; nothing else."""
-    kept, unit = saved_bytes(dtype, length=256, heads=8, kv_heads=2, key_dim=64, gate=gate)
+    kept, unit = saved_bytes(impl, dtype, length=256, heads=8, kv_heads=2, key_dim=64, gate=gate)
     rows = 2 * 256 * 8
     logits = rows * dtype.itemsize if gate == "headwise" else 0
     assert kept == units * unit + 4 * rows + logits
@@ -130,9 +134,10 @@ def test_what_the_backward_keeps(gate: str | None, units: float, dtype: torch.dt
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_changing_the_output_in_place_makes_the_backward_raise(gate: str | None) -> None:
-    tensors = {name: x.requires_grad_() for name, x in draw(gate=gate).items()}
-    out = gated_sdpa(**tensors, impl="eager")
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_changing_the_output_in_place_makes_the_backward_raise(gate: str | None, impl: str) -> None:
+    tensors = {name: x.float().requires_grad_() for name, x in draw(gate=gate).items()}
+    out = gated_sdpa(**tensors, impl=impl)
     with torch.no_grad():
         out.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -144,11 +149,11 @@ def test_changing_the_output_in_place_makes_the_backward_raise(gate: str | None)
 GATE_LOGITS = {"N(0,1)": (0, 1), "N(-3,1.5)": (-3, 1.5), "N(3,1)": (3, 1), "N(6,1)": (6, 1)}
 
 
-def relative_rms(tensors: Inputs, **options: Any) -> dict[str, float]:
+def relative_rms(tensors: Inputs, impl: str, **options: Any) -> dict[str, float]:
     """Relative root mean square error of bf16 results against float64 on the same inputs."""
     working = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     exact = {name: tensor.double() for name, tensor in working.items()}
-    found = results("gated_sdpa", working, impl="eager", **options)
+    found = results("gated_sdpa", working, impl=impl, **options)
     truth = results("gated_sdpa", exact, impl="reference", **options)
     return {
         name: float((found[name].double() - value).norm() / value.norm())
@@ -158,17 +163,19 @@ def relative_rms(tensors: Inputs, **options: Any) -> dict[str, float]:
 
 @pytest.mark.parametrize("gate", ["elementwise", "headwise"])
 @pytest.mark.parametrize("distribution", GATE_LOGITS)
-def test_bf16_error_for_every_kind_of_gate(distribution: str, gate: str) -> None:
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_bf16_error_for_every_kind_of_gate(distribution: str, gate: str, impl: str) -> None:
     mean, deviation = GATE_LOGITS[distribution]
     tensors = draw(batch=1, length=256, heads=4, kv_heads=2, key_dim=64, gate=gate)
     tensors["gate"] = tensors["gate"] * deviation + mean
-    errors = relative_rms(tensors)
+    errors = relative_rms(tensors, impl)
     assert errors["out"] <= 2.2e-3
     assert errors["dgate"] <= 3e-3
 
 
 @pytest.mark.parametrize("sharpness", [1, 2, 4])
-def test_dq_is_not_worse_than_plain_bf16(sharpness: int) -> None:
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_dq_is_not_worse_than_plain_bf16(sharpness: int, impl: str) -> None:
     tensors = draw(batch=1, length=256, heads=4, key_dim=64, gate="elementwise")
     tensors["q"] *= sharpness
     tensors["gate"] = tensors["gate"] * 1.5 - 3
@@ -179,16 +186,17 @@ def test_dq_is_not_worse_than_plain_bf16(sharpness: int) -> None:
     (dq,) = torch.autograd.grad(plain, working["q"], cotangent(plain))
     exact = {name: tensor.detach().double() for name, tensor in working.items()}
     truth = results("gated_sdpa", exact, impl="reference")["dq"]
-    assert relative_rms(tensors)["dq"] <= (dq.double() - truth).norm() / truth.norm()
+    assert relative_rms(tensors, impl)["dq"] <= (dq.double() - truth).norm() / truth.norm()
 
 
 @pytest.mark.parametrize("gate", ["elementwise", "headwise"])
 @pytest.mark.parametrize("logit", [6.5, 8.0, 20.0])
-def test_an_open_gate_keeps_its_gradient_in_bf16(logit: float, gate: str) -> None:
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_an_open_gate_keeps_its_gradient_in_bf16(logit: float, gate: str, impl: str) -> None:
     tensors = draw(gate=gate)
     tensors["gate"] = torch.full_like(tensors["gate"], logit)
     working = {name: tensor.bfloat16() for name, tensor in tensors.items()}
-    dgate = results("gated_sdpa", working, impl="eager")["dgate"]
+    dgate = results("gated_sdpa", working, impl=impl)["dgate"]
     exact = {name: tensor.double() for name, tensor in working.items()}
     truth = results("gated_sdpa", exact, impl="reference")["dgate"]
     assert dgate.count_nonzero() == dgate.numel()
@@ -197,12 +205,16 @@ def test_an_open_gate_keeps_its_gradient_in_bf16(logit: float, gate: str) -> Non
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("logit", [-30.0, -90.0, -1000.0, -math.inf])
-@pytest.mark.parametrize("dtype", [BF16, F32, F64])
-def test_a_closed_gate_is_harmless(dtype: torch.dtype, logit: float, activation: str) -> None:
+@pytest.mark.parametrize(
+    ("impl", "dtype"), [("eager", F64), *itertools.product(("eager", "triton"), (BF16, F32))]
+)
+def test_a_closed_gate_is_harmless(
+    dtype: torch.dtype, logit: float, activation: str, impl: str
+) -> None:
     tensors = draw(gate="elementwise")
     tensors["gate"] = torch.full_like(tensors["gate"], logit)
     working = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    found = results("gated_sdpa", working, impl="eager", gate_activation=activation)
+    found = results("gated_sdpa", working, impl=impl, gate_activation=activation)
     assert all(value.isfinite().all() for value in found.values())
     if activation != "ns_sigmoid" and logit < -800:
         assert not any(value.any() for value in found.values())

@@ -21,6 +21,8 @@ from attnvariants._check_cases import CASES
 from attnvariants._select import FUNCTIONS, IMPLEMENTATIONS
 from attnvariants._verify import Comparison
 
+pytestmark = pytest.mark.usefixtures("without_interpreter")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -35,8 +35,8 @@ def forward(
     causal: bool,
     scale: float,
     stats: bool,
-) -> tuple[Tensor, Tensor]:
-    """See the operator ``diag_forward``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the operator ``diag_forward``; no log-sum-exp, the backward needs none."""
     wide = state_dtype(v.dtype)
     blocks = Blocks(q, cu_seqlens, block_size, causal)
     queries, keys, values = (blocks.cut(x.to(wide)) for x in (q, k, v))
@@ -50,7 +50,8 @@ def forward(
         _activate_(p, activation)
         o = torch.bmm(p, by_head(values[part]))
         put_rows(by_group(out[part], k.shape[2]), slice(None), o)
-    return blocks.join(out).to(v.dtype), max_logit if stats else max_logit.new_empty(0)
+    lse = max_logit.new_empty(q.shape[0], q.shape[2], 0).transpose(1, 2)
+    return blocks.join(out).to(v.dtype), lse, max_logit if stats else max_logit.new_empty(0)
 
 
 def backward(
@@ -58,6 +59,8 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     cu_seqlens: Tensor | None,
     block_size: int,
     activation: str,

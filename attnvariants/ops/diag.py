@@ -13,11 +13,15 @@ from attnvariants.ops._library import once_differentiable, register
 
 ACTIVATIONS = ("softmax", "relu")
 
-_ENGINES = {"eager": "attnvariants.eager.diag"}
+_ENGINES = {"eager": "attnvariants.eager.diag", "triton": "attnvariants.kernels.diag"}
 
 
 class BlockAttention(torch.autograd.Function):
-    """Keeps the inputs only; the backward computes the small score blocks again."""
+    """Keeps the inputs, and the output where there is a log-sum-exp to go with it.
+
+    The backward computes the scores again. Engines that hold whole blocks get their row sums with
+    them and return no log-sum-exp, nor is there any of a relu.
+    """
 
     @staticmethod
     def forward(
@@ -34,10 +38,11 @@ class BlockAttention(torch.autograd.Function):
         impl: str,
     ) -> tuple[Tensor, Tensor]:
         options = (block_size, activation, causal, softmax_scale)
-        out, max_logit = torch.ops.attnvariants.diag_forward(
+        out, lse, max_logit = torch.ops.attnvariants.diag_forward(
             q, k, v, cu_seqlens, *options, stats, impl
         )
-        ctx.save_for_backward(q, k, v, cu_seqlens)
+        kept = (out, lse) if lse.numel() else (None, None)
+        ctx.save_for_backward(q, k, v, *kept, cu_seqlens)
         ctx.mark_non_differentiable(max_logit)
         ctx.options, ctx.impl = options, impl
         return out, max_logit
@@ -45,14 +50,13 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
-        q, k, v, cu_seqlens = ctx.saved_tensors
         gradients = torch.ops.attnvariants.diag_backward(
-            dout, q, k, v, cu_seqlens, *ctx.options, ctx.impl
+            dout, *ctx.saved_tensors, *ctx.options, ctx.impl
         )
         return *gradients, *(None,) * 7
 
 
-def _forward(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, impl = args
     return importlib.import_module(_ENGINES[impl]).forward(q, *inputs)
 
@@ -73,10 +77,13 @@ def _forward_shapes(
     softmax_scale: float,
     stats: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, heads, _ = q.shape
-    statistics = q.new_empty(heads if stats else 0, dtype=_checks.state_dtype(q.dtype))
-    return q.new_empty(batch, length, heads, v.shape[-1]), statistics
+    wide = _checks.state_dtype(q.dtype)
+    out = q.new_empty(batch, length, heads, v.shape[-1])
+    rows = 0 if impl == "eager" or activation == "relu" else length
+    lse = q.new_empty(batch, heads, rows, dtype=wide).transpose(1, 2)
+    return out, lse, q.new_empty(heads if stats else 0, dtype=wide)
 
 
 def _backward_shapes(
@@ -88,14 +95,14 @@ def _backward_shapes(
 register(
     "diag_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, int block_size, "
     "str activation, bool causal, float softmax_scale, bool stats, str impl) "
-    "-> (Tensor out, Tensor max_logit)",
+    "-> (Tensor out, Tensor lse, Tensor max_logit)",
     _forward,
     _forward_shapes,
 )
 register(
-    "diag_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, "
-    "int block_size, str activation, bool causal, float softmax_scale, str impl) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    "diag_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor? lse, "
+    "Tensor? cu_seqlens, int block_size, str activation, bool causal, float softmax_scale, "
+    "str impl) -> (Tensor dq, Tensor dk, Tensor dv)",
     _backward,
     _backward_shapes,
 )
