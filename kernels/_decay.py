@@ -27,6 +27,16 @@ LN_2_REST = tl.constexpr(-2.12194440e-4)
 
 
 @triton.jit
+def fresh_rows(step, walk, BT: tl.constexpr):
+    """``arange(0, BT)``, for masks inside a loop over ``step``.
+
+    A compiler would compute masks of ``[BT, BT]`` once before the loop and run out of registers; it
+    does not know that this adds zero in every step, because sizes are odd, see :func:`odd`.
+    """
+    return tl.arange(0, BT) + step * ((walk.heads & 1) - 1)
+
+
+@triton.jit
 def decay(b_sum, DTYPE: tl.constexpr):
     """``exp(sum)`` of log-decays; for float32 inputs also where the sum is large.
 
@@ -70,28 +80,27 @@ def sum_rows(picks, b_x, like):
 
 
 @triton.jit
-def level_decay(b_g, level, like):
+def level_decay(b_g, rows, level, like):
     """The factors ``[BT, BK]`` of every row at a level, and whether a row is a query there."""
-    BT: tl.constexpr = b_g.shape[0]
-    rows = tl.arange(0, BT)
     half = rows >> level
     is_query = (half & 1) == 1
     # Of its half a query takes the rows up to itself, a key those behind it.
     near = (rows[None, :] <= rows[:, None]) == is_query[:, None]
     picks = (half[:, None] == half[None, :]) & near
-    return decay(sum_rows(picks, b_g, like), like.ptr.dtype.element_ty), is_query[:, None]
+    b_e = decay(sum_rows(picks, b_g, like), like.ptr.dtype.element_ty)
+    return b_e, is_query[:, None]
 
 
 @triton.jit
-def same_block(level, BT: tl.constexpr):
+def same_block(rows, level):
     """Which pairs ``[BT, BT]`` lie in the same block of a level."""
-    block = tl.arange(0, BT) >> (level + 1)
+    block = rows >> (level + 1)
     return block[:, None] == block[None, :]
 
 
 @triton.jit
 def count_levels(BT: tl.constexpr):
-    """``log2(BT)``, in a loop's bound that the compiler does not unroll by."""
+    """``log2(BT)``."""
     levels = 0
     for n in tl.static_range(16):
         if (1 << n) < BT:
@@ -100,31 +109,31 @@ def count_levels(BT: tl.constexpr):
 
 
 @triton.jit
-def add_channel_scores(b_a, b_q, b_k, b_g, like, TRANSPOSED: tl.constexpr):
+def add_channel_scores(b_a, b_q, b_k, b_g, walk, like, TRANSPOSED: tl.constexpr):
     """``A + sum_x q_ix k_jx exp(G_ix - G_jx)`` for i >= j, ``[BT, BT]``, over a slice of channels.
 
     Queries along the rows, or keys if ``TRANSPOSED``.
     """
     BT: tl.constexpr = b_q.shape[0]
-    rows = tl.arange(0, BT)
-    b_a += tl.where(rows[:, None] == rows[None, :], tl.sum(b_q * b_k, 1)[:, None], 0.0)
+    b_own = tl.sum(b_q * b_k, 1)[:, None]
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
-        b_e, is_query = level_decay(b_g, level, like)
+        rows = fresh_rows(level, walk, BT)
+        b_e, is_query = level_decay(b_g, rows, level, like)
         b_qs = tl.where(is_query, b_q * b_e, 0.0)
         b_ks = tl.where(is_query, 0.0, b_k * b_e)
         if TRANSPOSED:
             b_pairs = product(b_ks, tl.trans(b_qs), like)
         else:
             b_pairs = product(b_qs, tl.trans(b_ks), like)
-        b_a += tl.where(same_block(level, BT), b_pairs, 0.0)
+        b_a += tl.where(same_block(rows, level), b_pairs, 0.0)
+        if level == 0:
+            b_a += tl.where(rows[:, None] == rows[None, :], b_own, 0.0)
     return b_a
 
 
 @triton.jit
-def token_decay(b_g, DTYPE: tl.constexpr, TRANSPOSED: tl.constexpr):
+def token_decay(b_g, rows, DTYPE: tl.constexpr, TRANSPOSED: tl.constexpr):
     """``exp(G_i - G_j)`` for i >= j, else 0, as ``[BT, BT]``, from ``g [BT, 1]``."""
-    BT: tl.constexpr = b_g.shape[0]
-    rows = tl.arange(0, BT)
     if TRANSPOSED:  # along the queries of a key, the sum begins behind the key
         b_sum = tl.cumsum(tl.where(rows[:, None] < rows[None, :], tl.trans(b_g), 0.0), 1)
         b_d = tl.where(rows[:, None] <= rows[None, :], decay(b_sum, DTYPE), 0.0)

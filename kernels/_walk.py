@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnvariants.kernels._decay import NOTHING
+from attnvariants.kernels._decay import NOTHING, fresh_rows
 from attnvariants.kernels._feature_map import apply_map
 from attnvariants.kernels._tiles import load_slice, locate, odd
 
@@ -105,16 +105,17 @@ def first_slot(walk, i_n, first):
 
 
 @triton.jit
-def locate_state(states, walk, i_s, i_h, dims: tl.constexpr, i_k, i_v, TRANSPOSED: tl.constexpr):
-    """Addresses and mask of the tile ``[BK, BV]`` (or its transpose) of a state ``[S, H, K, V]``.
+def locate_state(states, walk, i_s, i_h, step, dims: tl.constexpr, i_k, i_v, T: tl.constexpr):
+    """Addresses and mask of the tile ``[BK, BV]`` (its transpose if ``T``) of a state.
 
-    The tile begins at channel ``i_k`` of the keys and ``i_v`` of the values.
+    ``states [segments, H, K, V]``; the tile begins at channel ``i_k`` of the keys and ``i_v`` of
+    the values.
     """
     heads = walk.heads >> 1
     base = (tl.cast(i_s, tl.int64) * heads + i_h) * (dims.K * dims.V)
-    keys = i_k + tl.arange(0, dims.BK)
-    values = i_v + tl.arange(0, dims.BV)
-    if TRANSPOSED:
+    keys = i_k + fresh_rows(step, walk, dims.BK)
+    values = i_v + fresh_rows(step, walk, dims.BV)
+    if T:
         p_state = states + base + keys[None, :] * dims.V + values[:, None]
         mask = (keys[None, :] < dims.K) & (values[:, None] < dims.V)
     else:
@@ -124,24 +125,26 @@ def locate_state(states, walk, i_s, i_h, dims: tl.constexpr, i_k, i_v, TRANSPOSE
 
 
 @triton.jit
-def load_state(states, walk, i_s, i_h, dims: tl.constexpr, i_k, i_v, TRANSPOSED: tl.constexpr):
+def load_state(states, walk, i_s, i_h, step, dims: tl.constexpr, i_k, i_v, T: tl.constexpr):
     """A tile of a state, or zeros where ``states`` is ``None``."""
     BK: tl.constexpr = dims.BK
     BV: tl.constexpr = dims.BV
     if states is None:
-        b_s = tl.zeros([BV, BK] if TRANSPOSED else [BK, BV], tl.float32)
+        b_s = tl.zeros([BV, BK] if T else [BK, BV], tl.float32)
     else:
-        p_s, mask = locate_state(states, walk, i_s, i_h, dims, i_k, i_v, TRANSPOSED)
-        b_s = tl.load(p_s, mask=mask, other=0.0)
+        p_s, mask = locate_state(states, walk, i_s, i_h, step, dims, i_k, i_v, T)
+        if dims.K % BK == 0 and dims.V % BV == 0:
+            b_s = tl.load(p_s)
+        else:
+            b_s = tl.load(p_s, mask=mask, other=0.0)
     return b_s
 
 
 @triton.jit
 def load_log_decay(
-    g, i_b, i_h, t, live, i_k, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
+    g, i_b, i_h, t, rows, live, i_k, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
 ):
     """The log-decays of a chunk in float32: ``[BT, BK]`` per "channel", ``[BT, 1]`` per "token"."""
-    rows = tl.arange(0, live.shape[0])
     p_g = locate(g, i_b, i_h, t)
     if KIND == "channel":
         b_g = load_slice(p_g, g, rows, live, i_k, K, BK)
@@ -151,9 +154,10 @@ def load_log_decay(
 
 
 @triton.jit
-def load_features(x, i_b, i_h, t, live, i_k, K: tl.constexpr, BK: tl.constexpr, MAP: tl.constexpr):
+def load_features(
+    x, i_b, i_h, t, rows, live, i_k, K: tl.constexpr, BK: tl.constexpr, MAP: tl.constexpr
+):
     """``phi(x)`` of a chunk in float32, ``[BT, BK]``; zero where there is nothing."""
-    rows = tl.arange(0, live.shape[0])
     b_x = load_slice(locate(x, i_b, i_h, t), x, rows, live, i_k, K, BK).to(tl.float32)
     b_x = apply_map(b_x, MAP)
     if MAP == "elu+1":  # phi(0) is 1
@@ -163,32 +167,23 @@ def load_features(x, i_b, i_h, t, live, i_k, K: tl.constexpr, BK: tl.constexpr, 
 
 
 @triton.jit
-def load_row_scale(rstd, scale, i_b, i_h, t, live):
+def load_row_scale(rstd, scale, i_b, i_h, t, rows, live):
     """What multiplies the queries ``[BT, 1]``: ``scale * r``, or ``scale`` without a norm."""
     BT: tl.constexpr = live.shape[0]
     if rstd is None:
         b_r = tl.full([BT, 1], 1.0, tl.float32) * scale
     else:
-        p_r = locate(rstd, i_b, i_h, t) + tl.arange(0, BT) * rstd.time
+        p_r = locate(rstd, i_b, i_h, t) + rows * rstd.time
         b_r = tl.load(p_r, mask=live, other=0.0)[:, None] * scale
     return b_r
 
 
 @triton.jit
 def load_sum_until_end(
-    g,
-    i_b,
-    i_h,
-    t,
-    end,
-    i_k,
-    BT: tl.constexpr,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    KIND: tl.constexpr,
+    g, i_b, i_h, t, rows, end, i_k, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
 ):
     """``G_C - G_j``, the log-decay behind a row, as a sum of the rows that follow."""
-    rows = tl.arange(0, BT)
+    BT: tl.constexpr = rows.shape[0]
     follows = (rows < BT - 1) & (t + 1 + rows < end)
-    b_g = load_log_decay(g, i_b, i_h, t + 1, follows, i_k, K, BK, KIND)
+    b_g = load_log_decay(g, i_b, i_h, t + 1, rows, follows, i_k, K, BK, KIND)
     return tl.cumsum(b_g, 0, reverse=True)

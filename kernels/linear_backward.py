@@ -27,6 +27,7 @@ from attnvariants.kernels._decay import (
     age,
     count_levels,
     decay,
+    fresh_rows,
     level_decay,
     same_block,
     sum_rows,
@@ -56,19 +57,19 @@ class QueryKeyGradients(NamedTuple):
 
 
 @triton.jit
-def replay(b_s, k, v, g, i_b, i_h, t, begin, i_k, dims: tl.constexpr, kind: tl.constexpr):
+def replay(b_s, k, v, g, walk, i_b, i_h, t, begin, i_k, dims: tl.constexpr, kind: tl.constexpr):
     """The state ``[BV, BK]`` at token ``t`` from the one at ``begin``, over whole chunks."""
     BT: tl.constexpr = dims.BT
     DTYPE: tl.constexpr = k.ptr.dtype.element_ty
-    rows = tl.arange(0, BT)
-    live = rows < BT
     for i_t in tl.range(begin, t, BT):
-        b_k = load_features(k, i_b, i_h, i_t, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
+        rows = fresh_rows(i_t, walk, BT)
+        live = rows < BT
+        b_k = load_features(k, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
         b_v = load_slice(locate(v, i_b, i_h, i_t), v, rows, live, 0, dims.V, dims.BV)
         if kind.DECAY is not None:
-            b_g = load_log_decay(g, i_b, i_h, i_t, live, i_k, dims.K, dims.BK, kind.DECAY)
+            b_g = load_log_decay(g, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, kind.DECAY)
             b_after = load_sum_until_end(
-                g, i_b, i_h, i_t, i_t + BT, i_k, BT, dims.K, dims.BK, kind.DECAY
+                g, i_b, i_h, i_t, rows, i_t + BT, i_k, dims.K, dims.BK, kind.DECAY
             )
             b_k = b_k * decay(b_after, DTYPE)
             b_s = age(b_s, tl.sum(b_g, 0)[None, :], DTYPE)
@@ -77,38 +78,54 @@ def replay(b_s, k, v, g, i_b, i_h, t, begin, i_k, dims: tl.constexpr, kind: tl.c
 
 
 @triton.jit
-def add_channel_gradients(
-    b_dq, b_dk, b_dg, b_q, b_k, b_g, b_da, b_dat, like, WITH_DG: tl.constexpr
+def add_channel_gradient(
+    b_d,
+    b_dg,
+    b_own,
+    b_other,
+    b_g,
+    b_pairs,
+    walk,
+    like,
+    QUERIES: tl.constexpr,
+    WITH_DG: tl.constexpr,
 ):
-    """Adds the gradients through the scores of pairs i > j, level by level."""
-    BT: tl.constexpr = b_q.shape[0]
-    rows = tl.arange(0, BT)
+    """Adds the gradient of the queries (or else keys) through the scores of pairs i > j.
+
+    ``own`` are these rows, ``other`` the keys (or else queries), all ``[BT, BK]``, and ``pairs``
+    the cotangents of the scores with their own rows first, ``[BT, BT]``. One at a time needs fewer
+    registers than both together.
+    """
+    BT: tl.constexpr = b_own.shape[0]
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
-        b_e, is_query = level_decay(b_g, level, like)
-        b_qs = tl.where(is_query, b_q * b_e, 0.0)
-        b_ks = tl.where(is_query, 0.0, b_k * b_e)
-        same = same_block(level, BT)
-        b_dqs = product(tl.where(same, b_da, 0.0), b_ks, like)
-        b_dks = product(tl.where(same, b_dat, 0.0), b_qs, like)
-        b_dq += tl.where(is_query, b_e * b_dqs, 0.0)
-        b_dk += tl.where(is_query, 0.0, b_e * b_dks)
+        rows = fresh_rows(level, walk, BT)
+        b_e, is_query = level_decay(b_g, rows, level, like)
+        is_own = is_query == QUERIES
+        b_sum = product(
+            tl.where(same_block(rows, level), b_pairs, 0.0),
+            tl.where(is_own, 0.0, b_other * b_e),
+            like,
+        )
+        b_part = tl.where(is_own, b_e * b_sum, 0.0)
+        b_d += b_part
         if WITH_DG:
             half = rows >> level
             # A query's flow crosses the rows of its half up to itself, a key's those behind it.
-            near = (rows[:, None] <= rows[None, :]) == ((half & 1) == 1)[None, :]
-            crosses = (half[:, None] == half[None, :]) & near
-            b_dg += sum_rows(crosses, b_qs * b_dqs + b_ks * b_dks, like)
-    return b_dq, b_dk, b_dg
+            if QUERIES:
+                crosses = rows[:, None] <= rows[None, :]
+            else:
+                crosses = rows[:, None] > rows[None, :]
+            crosses = crosses & (half[:, None] == half[None, :])
+            b_dg += sum_rows(crosses, b_own * b_part, like)
+    return b_d, b_dg
 
 
 @triton.jit
-def sum_crossing(b_x, like, FROM_BEFORE: tl.constexpr, KIND: tl.constexpr):
+def sum_crossing(b_x, rows, like, FROM_BEFORE: tl.constexpr, KIND: tl.constexpr):
     """The flow across each row: of what came to rows from before the chunk, or left rows for behind.
 
     ``FROM_BEFORE``: sums over this row and those behind it, else over the rows before it.
     """
-    BT: tl.constexpr = b_x.shape[0]
-    rows = tl.arange(0, BT)
     if FROM_BEFORE:
         crosses = rows[None, :] >= rows[:, None]
     else:
@@ -141,6 +158,7 @@ def linear_backward_qk_kernel(
     BT: tl.constexpr = dims.BT
     BK: tl.constexpr = dims.BK
     NK: tl.constexpr = (dims.K + BK - 1) // BK
+    WITH_DG: tl.constexpr = grads.dg is not None
     DTYPE: tl.constexpr = q.ptr.dtype.element_ty
     i_program = tl.program_id(0)
     i_slice = i_program % NK
@@ -150,42 +168,42 @@ def linear_backward_qk_kernel(
     i_s = i_program // NK // heads
     i_n, i_b, place, first, last, begin, end = find_segment(walk, i_s)
 
-    rows = tl.arange(0, BT)
     if kind.CAUSAL:
-        b_ds = load_state(ends, walk, i_s, i_h, dims, i_k, 0, True)  # [BV, BK]
+        b_ds = load_state(ends, walk, i_s, i_h, 0, dims, i_k, 0, True)  # [BV, BK]
     else:
-        b_ds = load_state(ends, walk, i_n, i_h, dims, i_k, 0, True)
+        b_ds = load_state(ends, walk, i_n, i_h, 0, dims, i_k, 0, True)
     chunks = tl.cdiv(end - begin, BT)
     for n in tl.range(0, chunks):
         t = begin + (chunks - 1 - n) * BT
+        rows = fresh_rows(t, walk, BT)
         live = t + rows < end
         if kind.CAUSAL:
             stride = marked.span >> 1
             place_m = (t - first) // stride
             i_m = first_slot(marked, i_n, first) + place_m
-            b_s = load_state(marks, walk, i_m, i_h, dims, i_k, 0, True)
-            b_s = replay(b_s, k, v, g, i_b, i_h, t, first + place_m * stride, i_k, dims, kind)
+            b_s = load_state(marks, walk, i_m, i_h, t, dims, i_k, 0, True)
+            b_s = replay(b_s, k, v, g, walk, i_b, i_h, t, first + place_m * stride, i_k, dims, kind)
         else:
-            b_s = load_state(marks, walk, i_n, i_h, dims, i_k, 0, True)
-        b_r = load_row_scale(rstd, scale, i_b, i_h, t, live)
-        b_q = load_features(q, i_b, i_h, t, live, i_k, dims.K, BK, kind.FEATURE_MAP) * b_r
-        b_k = load_features(k, i_b, i_h, t, live, i_k, dims.K, BK, kind.FEATURE_MAP)
+            b_s = load_state(marks, walk, i_n, i_h, t, dims, i_k, 0, True)
+        b_r = load_row_scale(rstd, scale, i_b, i_h, t, rows, live)
+        b_q = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, BK, kind.FEATURE_MAP) * b_r
+        b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, BK, kind.FEATURE_MAP)
         b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, 0, dims.V, dims.BV)
         b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, 0, dims.V, dims.BV)
         b_dq = product(b_do, b_s, q)  # [BT, BK]
         b_dk = product(b_v, b_ds, q)
         b_qd = b_q
         if kind.DECAY is not None:
-            b_g = load_log_decay(g, i_b, i_h, t, live, i_k, dims.K, BK, kind.DECAY)
+            b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, kind.DECAY)
             b_before = decay(tl.cumsum(b_g, 0), DTYPE)
-            b_after = load_sum_until_end(g, i_b, i_h, t, end, i_k, BT, dims.K, BK, kind.DECAY)
+            b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, i_k, dims.K, BK, kind.DECAY)
             b_total = tl.sum(b_g, 0)[None, :]
             b_qd = b_q * b_before
             b_dq = b_dq * b_before
             b_dk = b_dk * decay(b_after, DTYPE)
-            if grads.dg is not None:
-                b_dg = sum_crossing(b_q * b_dq, q, True, kind.DECAY)
-                b_dg += sum_crossing(b_k * b_dk, q, False, kind.DECAY)
+            if WITH_DG:
+                b_dg = sum_crossing(b_q * b_dq, rows, q, True, kind.DECAY)
+                b_dg += sum_crossing(b_k * b_dk, rows, q, False, kind.DECAY)
                 b_through = tl.sum(b_s * b_ds, 0)[None, :]  # [1, BK]
                 if kind.DECAY == "token":
                     b_through = tl.sum(b_through, 1)[:, None]
@@ -194,28 +212,32 @@ def linear_backward_qk_kernel(
                 b_dg = b_dq
         if kind.CAUSAL:
             b_da = product(b_do, tl.trans(b_v), q)  # [BT, BT], queries along the rows
-            b_dat = product(b_v, tl.trans(b_do), q)
             if kind.DECAY == "channel":
-                diagonal = rows[:, None] == rows[None, :]
-                b_own = tl.sum(tl.where(diagonal, b_da, 0.0), 1)[:, None]
+                b_own = tl.sum(tl.where(rows[:, None] == rows[None, :], b_da, 0.0), 1)[:, None]
                 b_dq += b_own * b_k
                 b_dk += b_own * b_q
-                b_dq, b_dk, b_dg = add_channel_gradients(
-                    b_dq, b_dk, b_dg, b_q, b_k, b_g, b_da, b_dat, q, grads.dg is not None
+                b_dq, b_dg = add_channel_gradient(
+                    b_dq, b_dg, b_q, b_k, b_g, b_da, walk, q, True, WITH_DG
+                )
+                b_da = product(b_v, tl.trans(b_do), q)  # keys along the rows
+                b_dk, b_dg = add_channel_gradient(
+                    b_dk, b_dg, b_k, b_q, b_g, b_da, walk, q, False, WITH_DG
                 )
             elif kind.DECAY == "token":
-                b_d = token_decay(b_g, DTYPE, False)
-                if grads.dg is not None:
+                b_d = token_decay(b_g, rows, DTYPE, False)
+                if WITH_DG:
                     b_flow = product(b_q, tl.trans(b_k), q) * b_d * b_da
                     b_flow = tl.where(rows[:, None] > rows[None, :], b_flow, 0.0)
                     b_flow = tl.cumsum(b_flow, 0, reverse=True)
                     b_flow = tl.where(rows[:, None] > rows[None, :], b_flow, 0.0)
                     b_dg += tl.sum(b_flow, 1)[:, None]
                 b_dq += product(b_da * b_d, b_k, q)
-                b_dk += product(b_dat * token_decay(b_g, DTYPE, True), b_q, q)
+                b_da = product(b_v, tl.trans(b_do), q)
+                b_dk += product(b_da * token_decay(b_g, rows, DTYPE, True), b_q, q)
             else:
                 b_dq += product(tl.where(rows[:, None] >= rows[None, :], b_da, 0.0), b_k, q)
-                b_dk += product(tl.where(rows[:, None] <= rows[None, :], b_dat, 0.0), b_q, q)
+                b_da = product(b_v, tl.trans(b_do), q)
+                b_dk += product(tl.where(rows[:, None] <= rows[None, :], b_da, 0.0), b_q, q)
             if kind.DECAY is not None:
                 b_ds = age(b_ds, b_total, DTYPE)
             b_ds += product(tl.trans(b_do), b_qd, q)
@@ -263,31 +285,33 @@ def linear_backward_v_kernel(
     i_s = i_program // NV // heads
     i_n, i_b, place, first, last, begin, end = find_segment(walk, i_s)
 
-    rows = tl.arange(0, BT)
     i_end = i_s if kind.CAUSAL else i_n
-    b_ds = load_state(ends, walk, i_end, i_h, dims, 0, i_v, False)  # [BK, BV]
+    b_ds = load_state(ends, walk, i_end, i_h, 0, dims, 0, i_v, False)  # [BK, BV]
     chunks = tl.cdiv(end - begin, BT)
     for n in tl.range(0, chunks):
         t = begin + (chunks - 1 - n) * BT
+        rows = fresh_rows(t, walk, BT)
         live = t + rows < end
         if kind.CAUSAL:
-            b_at = chunk_scores(q, k, g, rstd, scale, i_b, i_h, t, live, dims, kind, True)
-        b_k = load_features(k, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
+            b_at = chunk_scores(
+                q, k, g, rstd, scale, walk, i_b, i_h, t, rows, live, dims, kind, True
+            )
+        b_k = load_features(k, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
         if kind.DECAY is not None:
-            b_after = load_sum_until_end(g, i_b, i_h, t, end, 0, BT, dims.K, dims.BK, kind.DECAY)
+            b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, 0, dims.K, dims.BK, kind.DECAY)
             b_k = b_k * decay(b_after, DTYPE)
         b_dv = product(b_k, b_ds, q)  # [BT, BV]
         if kind.CAUSAL:
             b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i_v, dims.V, dims.BV)
             b_dv += product(b_at, b_do, q)
-            b_q = load_features(q, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
-            b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, live)
+            b_q = load_features(q, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
+            b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, rows, live)
             if kind.DECAY is not None:
-                b_g = load_log_decay(g, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.DECAY)
+                b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.DECAY)
                 b_q = b_q * decay(tl.cumsum(b_g, 0), DTYPE)
                 b_ds = age(b_ds, tl.sum(b_g, 0)[:, None], DTYPE)
             b_ds += product(tl.trans(b_q), b_do, q)
         store_slice(locate(dv, i_b, i_h, t), dv, rows, live, b_dv, i_v, dims.V, dims.BV)
     if dstart is not None:
-        p_s, mask = locate_state(dstart, walk, i_s, i_h, dims, 0, i_v, False)
+        p_s, mask = locate_state(dstart, walk, i_s, i_h, 0, dims, 0, i_v, False)
         tl.store(p_s, b_ds, mask=mask)

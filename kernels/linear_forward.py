@@ -19,6 +19,7 @@ from attnvariants.kernels._decay import (
     add_channel_scores,
     age,
     decay,
+    fresh_rows,
     token_decay,
 )
 from attnvariants.kernels._tiles import load_slice, locate, product, store_slice
@@ -36,7 +37,20 @@ from attnvariants.kernels.linear_epilogue import weigh_and_gate
 
 @triton.jit
 def chunk_scores(
-    q, k, g, rstd, scale, i_b, i_h, t, live, dims: tl.constexpr, kind: tl.constexpr, T: tl.constexpr
+    q,
+    k,
+    g,
+    rstd,
+    scale,
+    walk,
+    i_b,
+    i_h,
+    t,
+    rows,
+    live,
+    dims: tl.constexpr,
+    kind: tl.constexpr,
+    T: tl.constexpr,
 ):
     """``A_ij`` of a chunk for i >= j, else 0, ``[BT, BT]``, with keys along the rows if ``T``.
 
@@ -47,21 +61,20 @@ def chunk_scores(
     DTYPE: tl.constexpr = q.ptr.dtype.element_ty
     b_a = tl.zeros([BT, BT], tl.float32)
     for i_k in tl.range(0, dims.K, BC, loop_unroll_factor=1):
-        b_q = load_features(q, i_b, i_h, t, live, i_k, dims.K, BC, kind.FEATURE_MAP)
-        b_k = load_features(k, i_b, i_h, t, live, i_k, dims.K, BC, kind.FEATURE_MAP)
-        b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, live)
+        b_q = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, BC, kind.FEATURE_MAP)
+        b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, BC, kind.FEATURE_MAP)
+        b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, rows, live)
         if kind.DECAY == "channel":
-            b_g = load_log_decay(g, i_b, i_h, t, live, i_k, dims.K, BC, "channel")
-            b_a = add_channel_scores(b_a, b_q, b_k, b_g, q, T)
+            b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BC, "channel")
+            b_a = add_channel_scores(b_a, b_q, b_k, b_g, walk, q, T)
         elif T:
             b_a += product(b_k, tl.trans(b_q), q)
         else:
             b_a += product(b_q, tl.trans(b_k), q)
     if kind.DECAY == "token":
-        b_g = load_log_decay(g, i_b, i_h, t, live, 0, dims.K, BC, "token")
-        b_a = b_a * token_decay(b_g, DTYPE, T)
+        b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, BC, "token")
+        b_a = b_a * token_decay(b_g, rows, DTYPE, T)
     elif kind.DECAY is None:
-        rows = tl.arange(0, BT)
         if T:
             b_a = tl.where(rows[:, None] <= rows[None, :], b_a, 0.0)
         else:
@@ -96,24 +109,24 @@ def linear_forward_kernel(
     i_s = i_program // NV // heads
     i_n, i_b, place, first, last, begin, end = find_segment(walk, i_s)
 
-    rows = tl.arange(0, BT)
     i_start = i_s if kind.CAUSAL else i_n
-    b_s = load_state(start, walk, i_start, i_h, dims, 0, i_v, False)  # [BK, BV]
+    b_s = load_state(start, walk, i_start, i_h, 0, dims, 0, i_v, False)  # [BK, BV]
     for t in tl.range(begin, end, BT):
+        rows = fresh_rows(t, walk, BT)
         live = t + rows < end
         if kind.CAUSAL:
-            b_a = chunk_scores(q, k, g, None, 1.0, i_b, i_h, t, live, dims, kind, False)
-            b_q = load_features(q, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
-            b_k = load_features(k, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
+            b_a = chunk_scores(q, k, g, None, 1.0, walk, i_b, i_h, t, rows, live, dims, kind, False)
+            b_q = load_features(q, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
+            b_k = load_features(k, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
             b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i_v, dims.V, dims.BV)
             b_g = None
             if kind.DECAY is not None:
-                b_g = load_log_decay(g, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.DECAY)
+                b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.DECAY)
             b_o = product(b_a, b_v, q)  # [BT, BV]
             if kind.DECAY is not None:
                 b_q = b_q * decay(tl.cumsum(b_g, 0), DTYPE)
                 b_after = load_sum_until_end(
-                    g, i_b, i_h, t, end, 0, BT, dims.K, dims.BK, kind.DECAY
+                    g, i_b, i_h, t, rows, end, 0, dims.K, dims.BK, kind.DECAY
                 )
                 b_k = b_k * decay(b_after, DTYPE)
             b_o += product(b_q, b_s, q)
@@ -121,7 +134,7 @@ def linear_forward_kernel(
                 b_s = age(b_s, tl.sum(b_g, 0)[:, None], DTYPE)
             b_s += product(tl.trans(b_k), b_v, q)
         else:
-            b_q = load_features(q, i_b, i_h, t, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
+            b_q = load_features(q, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
             b_o = product(b_q, b_s, q)
         b_o = b_o * scale
 
@@ -147,5 +160,5 @@ def linear_forward_kernel(
             store_slice(locate(out, i_b, i_h, t), out, rows, live, b_o, i_v, dims.V, dims.BV)
 
     if finish is not None:
-        p_s, mask = locate_state(finish, walk, i_s, i_h, dims, 0, i_v, False)
+        p_s, mask = locate_state(finish, walk, i_s, i_h, 0, dims, 0, i_v, False)
         tl.store(p_s, b_s, mask=mask)

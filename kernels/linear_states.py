@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from attnvariants.kernels._decay import age, decay
+from attnvariants.kernels._decay import age, decay, fresh_rows
 from attnvariants.kernels._tiles import load_slice, locate, product
 from attnvariants.kernels._walk import (
     find_segment,
@@ -62,8 +62,7 @@ def linear_states_kernel(
     i_s = i_program // (NV * NK) // heads
     i_n, i_b, place, first, last, begin, end = find_segment(walk, i_s)
 
-    rows = tl.arange(0, BT)
-    b_s = load_state(start, walk, i_s, i_h, dims, i_k, i_v, False)  # [BK, BV]
+    b_s = load_state(start, walk, i_s, i_h, 0, dims, i_k, i_v, False)  # [BK, BV]
     BD: tl.constexpr = dims.BK if kind.DECAY == "channel" else 1
     b_sum = tl.zeros([BD], tl.float32)
     chunks = tl.cdiv(end - begin, BT)
@@ -75,20 +74,21 @@ def linear_states_kernel(
             stride = marked.span >> 1
             if (t - first) % stride == 0:
                 i_m = first_slot(marked, i_n, first) + (t - first) // stride
-                p_m, mask = locate_state(marks, walk, i_m, i_h, dims, i_k, i_v, False)
+                p_m, mask = locate_state(marks, walk, i_m, i_h, t, dims, i_k, i_v, False)
                 tl.store(p_m, b_s, mask=mask)
+        rows = fresh_rows(t, walk, BT)
         live = t + rows < end
-        b_k = load_features(k, i_b, i_h, t, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
+        b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
         if BACKWARD:
             b_k = b_k * load_row_scale(rstd, scale, i_b, i_h, t, live)
         b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i_v, dims.V, dims.BV)
         if kind.DECAY is not None:
-            b_g = load_log_decay(g, i_b, i_h, t, live, i_k, dims.K, dims.BK, kind.DECAY)
+            b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, kind.DECAY)
             if BACKWARD:
                 b_decay = tl.cumsum(b_g, 0)
             else:
                 b_decay = load_sum_until_end(
-                    g, i_b, i_h, t, end, i_k, BT, dims.K, dims.BK, kind.DECAY
+                    g, i_b, i_h, t, rows, end, i_k, dims.K, dims.BK, kind.DECAY
                 )
             b_k = b_k * decay(b_decay, DTYPE)
             b_total = tl.sum(b_g, 0)
@@ -99,7 +99,7 @@ def linear_states_kernel(
     # Slots behind a sequence's last segment are nobody's.
     if (place == 0) | (begin < last):
         if finish is not None:
-            p_s, mask = locate_state(finish, walk, i_s, i_h, dims, i_k, i_v, False)
+            p_s, mask = locate_state(finish, walk, i_s, i_h, 0, dims, i_k, i_v, False)
             tl.store(p_s, b_s, mask=mask)
         if total is not None:
             row = tl.cast(i_s, tl.int64) * heads + i_h
@@ -139,12 +139,12 @@ def linear_scan_kernel(
     slot = first_slot(walk, i_n, first)
     count = tl.cdiv(last - first, walk.span >> 1)
     cols = i_k + tl.arange(0, dims.BK)
-    b_s = load_state(start, walk, i_n, i_h, dims, i_k, i_v, False)
+    b_s = load_state(start, walk, i_n, i_h, 0, dims, i_k, i_v, False)
     for n in tl.range(0, count):
         i_s = slot + n
         if BACKWARD:
             i_s = slot + count - 1 - n
-        p_s, mask = locate_state(states, walk, i_s, i_h, dims, i_k, i_v, False)
+        p_s, mask = locate_state(states, walk, i_s, i_h, 0, dims, i_k, i_v, False)
         b_own = tl.load(p_s, mask=mask, other=0.0)
         tl.store(p_s, b_s, mask=mask)
         row = tl.cast(i_s, tl.int64) * heads + i_h
@@ -155,5 +155,5 @@ def linear_scan_kernel(
             b_s = age(b_s, tl.load(total + row), tl.float32)
         b_s += b_own
     if finish is not None:
-        p_f, mask = locate_state(finish, walk, i_n, i_h, dims, i_k, i_v, False)
+        p_f, mask = locate_state(finish, walk, i_n, i_h, 0, dims, i_k, i_v, False)
         tl.store(p_f, b_s, mask=mask)
