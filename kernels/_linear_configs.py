@@ -1,4 +1,4 @@
-"""Tile sizes of the linear kernels, picked by hand and pruned ahead of time; and their segments."""
+"""Tiles of the linear kernels, picked by hand and pruned ahead of time; and their segments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from attnvariants.kernels._launch import tile_dim
+from attnvariants.kernels._launch import architecture, tile_dim
 from attnvariants.kernels._walk import Dims
 
 PROGRAMS = 128  # that fill a large device
@@ -42,12 +42,59 @@ def segment_length(sequences: int, tokens: int, programs: int, longest: int) -> 
 
 
 def tiles(kernel: str, dtype: torch.dtype, key_dim: int, value_dim: int) -> Tiles:
+    """The tiles of ``kernel`` on the current device.
+
+    The forward and the walk for dv hold all of K, the walk for dq and dk and the pass before it
+    all of V; what a table leaves at 0 is filled in here.
+    """
     key, value = tile_dim(key_dim), tile_dim(value_dim)
-    return {
-        "linear_forward": Tiles(64 if key <= 128 else 32, key, min(value, 64), 8, 1),
-        "linear_states": Tiles(64, min(key, 64), min(value, 64), 4, 1),
-        "linear_norm": Tiles(32, 0, 0, 4, 1),
-        "linear_cotangent": Tiles(32, 0, value, 4, 1),
-        "linear_backward_qk": Tiles(64, min(key, 32), value, 8, 1),
-        "linear_backward_v": Tiles(64 if key <= 128 else 32, key, min(value, 64), 8, 1),
-    }[kernel]
+    # float16 is multiplied as TF32, in tiles as large as those of float32.
+    kind = "float32" if dtype != torch.bfloat16 else _kind(architecture())
+    table = _TABLES[kernel][kind]
+    size = value if kernel in ("linear_backward_qk", "linear_cotangent") else key
+    found = table[min(dim for dim in table if dim >= size)]
+    return found._replace(BK=min(found.BK or key, key), BV=min(found.BV or value, value))
+
+
+def _kind(arch: int) -> str:
+    """The part of a table: by tensor cores and registers."""
+    return "hopper" if arch in (90, 100, 103) else "ampere"
+
+
+_OVER_K = {  # by K
+    "hopper": {
+        64: Tiles(32, 0, 64, 4, 1),
+        128: Tiles(32, 0, 64, 8, 1),
+        256: Tiles(16, 0, 32, 8, 1),
+    },
+    "ampere": {
+        64: Tiles(32, 0, 32, 4, 1),
+        128: Tiles(32, 0, 32, 8, 1),
+        256: Tiles(16, 0, 32, 8, 1),
+    },
+    "float32": {
+        64: Tiles(16, 0, 32, 4, 1),
+        128: Tiles(16, 0, 32, 8, 1),
+        256: Tiles(16, 0, 16, 8, 1),
+    },
+}
+_TO_KEYS = {  # the tile of V is a part of the state that a program holds
+    "hopper": {256: Tiles(64, 16, 64, 4, 1)},
+    "ampere": {256: Tiles(32, 16, 64, 2, 1)},
+    "float32": {256: Tiles(32, 16, 32, 4, 1)},
+}
+_ANY = ("hopper", "ampere", "float32")
+_TABLES: dict[str, dict[str, dict[int, Tiles]]] = {
+    "linear_forward": _OVER_K,
+    "linear_backward_v": _OVER_K,
+    "linear_backward_qk": _TO_KEYS,
+    "linear_states": {
+        "hopper": {256: Tiles(64, 64, 64, 4, 1)},
+        "ampere": {256: Tiles(64, 64, 64, 4, 1)},
+        "float32": {256: Tiles(32, 32, 32, 4, 1)},
+    },
+    "linear_norm": {kind: {256: Tiles(32, 1, 0, 4, 1)} for kind in _ANY},
+    "linear_cotangent": {
+        kind: {128: Tiles(32, 1, 0, 4, 1), 256: Tiles(16, 1, 0, 4, 1)} for kind in _ANY
+    },
+}

@@ -57,24 +57,68 @@ class QueryKeyGradients(NamedTuple):
 
 
 @triton.jit
-def replay(b_s, k, v, g, walk, i_b, i_h, t, begin, i_k, dims: tl.constexpr, kind: tl.constexpr):
-    """The state ``[BV, BK]`` at token ``t`` from the one at ``begin``, over whole chunks."""
+def load_slices(states, walk, i_s, i_h, step, dims: tl.constexpr, i_k, NV: tl.constexpr):
+    """A state as a tuple of its slices ``[BV, BK]``."""
+    found = ()
+    for i in tl.static_range(NV):
+        b_s = load_state(states, walk, i_s, i_h, step, dims, i_k, i * dims.BV, True)
+        found = found + (b_s,)
+    return found
+
+
+@triton.jit
+def replay(
+    b_s,
+    k,
+    v,
+    g,
+    walk,
+    i_b,
+    i_h,
+    t,
+    begin,
+    i_k,
+    dims: tl.constexpr,
+    kind: tl.constexpr,
+    NV: tl.constexpr,
+):
+    """The state at token ``t`` from the one at ``begin``, over whole chunks; tuples of slices."""
     BT: tl.constexpr = dims.BT
     DTYPE: tl.constexpr = k.ptr.dtype.element_ty
     for i_t in tl.range(begin, t, BT):
         rows = fresh_rows(i_t, walk, BT)
         live = rows < BT
         b_k = load_features(k, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
-        b_v = load_slice(locate(v, i_b, i_h, i_t), v, rows, live, 0, dims.V, dims.BV)
         if kind.DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, kind.DECAY)
             b_after = load_sum_until_end(
                 g, i_b, i_h, i_t, rows, i_t + BT, i_k, dims.K, dims.BK, kind.DECAY
             )
             b_k = b_k * decay(b_after, DTYPE)
-            b_s = age(b_s, tl.sum(b_g, 0)[None, :], DTYPE)
-        b_s += product(tl.trans(b_v), b_k, k)
+        found = ()
+        for i in tl.static_range(NV):
+            p_v = locate(v, i_b, i_h, i_t)
+            b_v = load_slice(p_v, v, rows, live, i * dims.BV, dims.V, dims.BV)
+            b_new = b_s[i]
+            if kind.DECAY is not None:
+                b_new = age(b_new, tl.sum(b_g, 0)[None, :], DTYPE)
+            found = found + (b_new + product(tl.trans(b_v), b_k, k),)
+        b_s = found
     return b_s
+
+
+@triton.jit
+def pair_cotangents(a, b, i_b, i_h, t, rows, live, dims: tl.constexpr, like, NV: tl.constexpr):
+    """``a_i . b_j`` for the rows of a chunk, ``[BT, BT]``."""
+    BT: tl.constexpr = dims.BT
+    b_da = tl.zeros([BT, BT], tl.float32)
+    for i in tl.static_range(NV):
+        p_a = locate(a, i_b, i_h, t)
+        p_b = locate(b, i_b, i_h, t)
+        b_a = load_slice(p_a, a, rows, live, i * dims.BV, dims.V, dims.BV)
+        b_b = load_slice(p_b, b, rows, live, i * dims.BV, dims.V, dims.BV)
+        b_da += product(b_a, tl.trans(b_b), like)
+    return b_da
 
 
 @triton.jit
@@ -152,12 +196,13 @@ def linear_backward_qk_kernel(
     walk,  # Walk
     marked,  # Walk
     scale,
-    dims: tl.constexpr,  # Dims, all of V in a tile
+    dims: tl.constexpr,  # Dims; a program takes all of V, BV of it at a time
     kind: tl.constexpr,  # Kind
 ):
     BT: tl.constexpr = dims.BT
     BK: tl.constexpr = dims.BK
     NK: tl.constexpr = (dims.K + BK - 1) // BK
+    NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
     WITH_DG: tl.constexpr = grads.dg is not None
     DTYPE: tl.constexpr = q.ptr.dtype.element_ty
     i_program = tl.program_id(0)
@@ -168,10 +213,8 @@ def linear_backward_qk_kernel(
     i_s = i_program // NK // heads
     i_n, i_b, place, first, last, begin, end = find_segment(walk, i_s)
 
-    if kind.CAUSAL:
-        b_ds = load_state(ends, walk, i_s, i_h, 0, dims, i_k, 0, True)  # [BV, BK]
-    else:
-        b_ds = load_state(ends, walk, i_n, i_h, 0, dims, i_k, 0, True)
+    i_end = i_s if kind.CAUSAL else i_n
+    b_ds = load_slices(ends, walk, i_end, i_h, 0, dims, i_k, NV)  # of [BV, BK]
     chunks = tl.cdiv(end - begin, BT)
     for n in tl.range(0, chunks):
         t = begin + (chunks - 1 - n) * BT
@@ -181,17 +224,25 @@ def linear_backward_qk_kernel(
             stride = marked.span >> 1
             place_m = (t - first) // stride
             i_m = first_slot(marked, i_n, first) + place_m
-            b_s = load_state(marks, walk, i_m, i_h, t, dims, i_k, 0, True)
-            b_s = replay(b_s, k, v, g, walk, i_b, i_h, t, first + place_m * stride, i_k, dims, kind)
+            b_s = load_slices(marks, walk, i_m, i_h, t, dims, i_k, NV)
+            begin_m = first + place_m * stride
+            b_s = replay(b_s, k, v, g, walk, i_b, i_h, t, begin_m, i_k, dims, kind, NV)
         else:
-            b_s = load_state(marks, walk, i_n, i_h, t, dims, i_k, 0, True)
+            b_s = load_slices(marks, walk, i_n, i_h, t, dims, i_k, NV)
+        b_dq = tl.zeros([BT, BK], tl.float32)
+        b_dk = tl.zeros([BT, BK], tl.float32)
+        b_through = tl.zeros([BK], tl.float32)
+        for i in tl.static_range(NV):
+            p_v = locate(v, i_b, i_h, t)
+            p_do = locate(do, i_b, i_h, t)
+            b_v = load_slice(p_v, v, rows, live, i * dims.BV, dims.V, dims.BV)
+            b_do = load_slice(p_do, do, rows, live, i * dims.BV, dims.V, dims.BV)
+            b_dq += product(b_do, b_s[i], q)
+            b_dk += product(b_v, b_ds[i], q)
+            b_through += tl.sum(b_s[i] * b_ds[i], 0)
         b_r = load_row_scale(rstd, scale, i_b, i_h, t, rows, live)
         b_q = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, BK, kind.FEATURE_MAP) * b_r
         b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, BK, kind.FEATURE_MAP)
-        b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, 0, dims.V, dims.BV)
-        b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, 0, dims.V, dims.BV)
-        b_dq = product(b_do, b_s, q)  # [BT, BK]
-        b_dk = product(b_v, b_ds, q)
         b_qd = b_q
         if kind.DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, kind.DECAY)
@@ -204,14 +255,14 @@ def linear_backward_qk_kernel(
             if WITH_DG:
                 b_dg = sum_crossing(b_q * b_dq, rows, q, True, kind.DECAY)
                 b_dg += sum_crossing(b_k * b_dk, rows, q, False, kind.DECAY)
-                b_through = tl.sum(b_s * b_ds, 0)[None, :]  # [1, BK]
+                b_through = b_through[None, :]
                 if kind.DECAY == "token":
                     b_through = tl.sum(b_through, 1)[:, None]
                 b_dg += decay(b_total, DTYPE) * b_through
             else:
                 b_dg = b_dq
         if kind.CAUSAL:
-            b_da = product(b_do, tl.trans(b_v), q)  # [BT, BT], queries along the rows
+            b_da = pair_cotangents(do, v, i_b, i_h, t, rows, live, dims, q, NV)  # queries first
             if kind.DECAY == "channel":
                 b_own = tl.sum(tl.where(rows[:, None] == rows[None, :], b_da, 0.0), 1)[:, None]
                 b_dq += b_own * b_k
@@ -219,7 +270,7 @@ def linear_backward_qk_kernel(
                 b_dq, b_dg = add_channel_gradient(
                     b_dq, b_dg, b_q, b_k, b_g, b_da, walk, q, True, WITH_DG
                 )
-                b_da = product(b_v, tl.trans(b_do), q)  # keys along the rows
+                b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)  # keys first
                 b_dk, b_dg = add_channel_gradient(
                     b_dk, b_dg, b_k, b_q, b_g, b_da, walk, q, False, WITH_DG
                 )
@@ -232,15 +283,21 @@ def linear_backward_qk_kernel(
                     b_flow = tl.where(rows[:, None] > rows[None, :], b_flow, 0.0)
                     b_dg += tl.sum(b_flow, 1)[:, None]
                 b_dq += product(b_da * b_d, b_k, q)
-                b_da = product(b_v, tl.trans(b_do), q)
+                b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)
                 b_dk += product(b_da * token_decay(b_g, rows, DTYPE, True), b_q, q)
             else:
                 b_dq += product(tl.where(rows[:, None] >= rows[None, :], b_da, 0.0), b_k, q)
-                b_da = product(b_v, tl.trans(b_do), q)
+                b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)
                 b_dk += product(tl.where(rows[:, None] <= rows[None, :], b_da, 0.0), b_q, q)
-            if kind.DECAY is not None:
-                b_ds = age(b_ds, b_total, DTYPE)
-            b_ds += product(tl.trans(b_do), b_qd, q)
+            found = ()
+            for i in tl.static_range(NV):
+                p_do = locate(do, i_b, i_h, t)
+                b_do = load_slice(p_do, do, rows, live, i * dims.BV, dims.V, dims.BV)
+                b_new = b_ds[i]
+                if kind.DECAY is not None:
+                    b_new = age(b_new, b_total, DTYPE)
+                found = found + (b_new + product(tl.trans(b_do), b_qd, q),)
+            b_ds = found
         b_dq = b_dq * b_r
         if kind.FEATURE_MAP is not None:
             b_x = load_slice(locate(q, i_b, i_h, t), q, rows, live, i_k, dims.K, BK)
