@@ -1,9 +1,9 @@
 """What the linear kernels move and compute, from the launches that they would make.
 
 The launchers run on tensors without memory, and every launch is written down with its tiles and
-segments instead of being made. Bytes are counted twice: once with every tensor read once per kernel,
-as if the L2 cache held what several programs share, and once with every program's own reads. What a
-program reads again within a chunk is taken to come from its L1 cache in both.
+segments instead of being made. Bytes are counted twice: with every tensor read once per kernel, as
+if the L2 cache held what several programs share, and with every program's own reads. What a program
+reads again within a chunk is taken to come from its L1 cache in both.
 """
 
 from __future__ import annotations
@@ -239,8 +239,8 @@ def lines(accounts: Sequence[Account]) -> Iterator[str]:
             )
         yield (
             f"  moved {found.moved / 1e6:.0f} MB, {found.moved / found.compulsory:.2f}x of the "
-            f"compulsory {found.compulsory / 1e6:.0f} MB; {found.requested / found.compulsory:.2f}x "
-            "with every program's own reads"
+            f"compulsory {found.compulsory / 1e6:.0f} MB; "
+            f"{found.requested / found.compulsory:.2f}x with every program's own reads"
         )
         published = PUBLISHED.get(found.shape)
         if published:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from attnvariants.kernels._tiles import INTERPRETED, LOG2_E, product
 
 NOTHING = tl.constexpr(-8192.0)  # 0 times it is 0, unlike 0 times -inf
@@ -37,13 +36,13 @@ def fresh_rows(step, walk, BT: tl.constexpr):
 
 
 @triton.jit
-def decay(b_sum, DTYPE: tl.constexpr):
+def decay(b_sum, dtype: tl.constexpr):
     """``exp(sum)`` of log-decays; for float32 inputs also where the sum is large.
 
     ``exp2(sum * log2(e))`` has the rounding of its argument as a relative error, 1e-6 where the sum
     is -20. Split into a power of two and the exponential of a small rest, there is none.
     """
-    if DTYPE == tl.float32:
+    if dtype == tl.float32:
         power = tl.floor(b_sum * LOG2_E + 0.5)
         rest = (b_sum - power * LN_2_HIGH) - power * LN_2_REST
         b_e = tl.exp2(power) * tl.exp2(rest * LOG2_E)
@@ -132,14 +131,14 @@ def add_channel_scores(b_a, b_q, b_k, b_g, walk, like, TRANSPOSED: tl.constexpr)
 
 
 @triton.jit
-def token_decay(b_g, rows, DTYPE: tl.constexpr, TRANSPOSED: tl.constexpr):
+def token_decay(b_g, rows, dtype: tl.constexpr, TRANSPOSED: tl.constexpr):
     """``exp(G_i - G_j)`` for i >= j, else 0, as ``[BT, BT]``, from ``g [BT, 1]``."""
     if TRANSPOSED:  # along the queries of a key, the sum begins behind the key
         b_sum = tl.cumsum(tl.where(rows[:, None] < rows[None, :], tl.trans(b_g), 0.0), 1)
-        b_d = tl.where(rows[:, None] <= rows[None, :], decay(b_sum, DTYPE), 0.0)
+        b_d = tl.where(rows[:, None] <= rows[None, :], decay(b_sum, dtype), 0.0)
     else:
         b_sum = tl.cumsum(tl.where(rows[:, None] > rows[None, :], b_g, 0.0), 0)
-        b_d = tl.where(rows[:, None] >= rows[None, :], decay(b_sum, DTYPE), 0.0)
+        b_d = tl.where(rows[:, None] >= rows[None, :], decay(b_sum, dtype), 0.0)
     return b_d
 
 
@@ -155,12 +154,12 @@ def expm1(x):
 
 
 @triton.jit
-def age(b_s, b_total, DTYPE: tl.constexpr):
+def age(b_s, b_total, dtype: tl.constexpr):
     """``exp(total) * S`` with the factor in two parts, for ``total`` that broadcasts to S.
 
     One float32 close to 1 would be rounded the same way in every chunk of a constant decay.
     """
     b_near = expm1(tl.maximum(b_total, -1.0))
-    b_factor = tl.where(b_total > -0.25, 1.0 + b_near, decay(b_total, DTYPE))
+    b_factor = tl.where(b_total > -0.25, 1.0 + b_near, decay(b_total, dtype))
     b_rest = tl.where(b_total > -0.25, b_near - (b_factor - 1.0), 0.0)
     return b_factor * b_s + b_rest * b_s

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-
 from attnvariants.kernels._launch import architecture, tile_dim
 from attnvariants.kernels._walk import Dims
 

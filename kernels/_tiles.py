@@ -132,21 +132,21 @@ def product(a, b, like):
     ``like`` is a ``Strided`` input. bf16 operands go with bf16 inputs. With float16 inputs they are
     cut to TF32, which has as many digits and cannot overflow; with float32 inputs not at all.
     """
-    DTYPE: tl.constexpr = like.ptr.dtype.element_ty
-    PRECISION: tl.constexpr = "tf32" if DTYPE == tl.float16 else "ieee"
-    return tl.dot(_operand(a, DTYPE), _operand(b, DTYPE), input_precision=PRECISION)
+    dtype: tl.constexpr = like.ptr.dtype.element_ty
+    PRECISION: tl.constexpr = "tf32" if dtype == tl.float16 else "ieee"
+    return tl.dot(_operand(a, dtype), _operand(b, dtype), input_precision=PRECISION)
 
 
 @triton.jit
-def _operand(x, DTYPE: tl.constexpr):
+def _operand(x, dtype: tl.constexpr):
     """``x`` for a tensor core; in the interpreter, float32 with the digits that one would see."""
     if INTERPRETED:
         x = x.to(tl.float32)
-        if DTYPE == tl.bfloat16:
+        if dtype == tl.bfloat16:
             x = round_bf16(x)
-        elif DTYPE == tl.float16:
+        elif dtype == tl.float16:
             x = (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
-    elif DTYPE == tl.bfloat16:
+    elif dtype == tl.bfloat16:
         x = x.to(tl.bfloat16)
     else:
         x = x.to(tl.float32)

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from attnvariants.kernels._decay import NOTHING, fresh_rows
 from attnvariants.kernels._feature_map import apply_map
 from attnvariants.kernels._tiles import load_slice, locate, odd
+from torch import Tensor
 
 
 class Walk(NamedTuple):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-
 import torch
 import triton
-from torch import Tensor
-
 from attnvariants.kernels._launch import launch
 from attnvariants.kernels._linear_configs import STRIDE, Tiles, segment_length, tiles
 from attnvariants.kernels._tiles import Strided, odd, strided
@@ -25,6 +22,7 @@ from attnvariants.kernels.linear_epilogue import (
 )
 from attnvariants.kernels.linear_forward import linear_forward_kernel
 from attnvariants.kernels.linear_states import Kind, linear_scan_kernel, linear_states_kernel
+from torch import Tensor
 
 
 def forward(

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-
 from attnvariants.kernels._decay import (
     age,
     count_levels,
@@ -84,7 +83,7 @@ def replay(
 ):
     """The state at token ``t`` from the one at ``begin``, over whole chunks; tuples of slices."""
     BT: tl.constexpr = dims.BT
-    DTYPE: tl.constexpr = k.ptr.dtype.element_ty
+    dtype: tl.constexpr = k.ptr.dtype.element_ty
     for i_t in tl.range(begin, t, BT):
         rows = fresh_rows(i_t, walk, BT)
         live = rows < BT
@@ -94,14 +93,14 @@ def replay(
             b_after = load_sum_until_end(
                 g, i_b, i_h, i_t, rows, i_t + BT, i_k, dims.K, dims.BK, kind.DECAY
             )
-            b_k = b_k * decay(b_after, DTYPE)
+            b_k = b_k * decay(b_after, dtype)
         found = ()
         for i in tl.static_range(NV):
             p_v = locate(v, i_b, i_h, i_t)
             b_v = load_slice(p_v, v, rows, live, i * dims.BV, dims.V, dims.BV)
             b_new = b_s[i]
             if kind.DECAY is not None:
-                b_new = age(b_new, tl.sum(b_g, 0)[None, :], DTYPE)
+                b_new = age(b_new, tl.sum(b_g, 0)[None, :], dtype)
             found = found + (b_new + product(tl.trans(b_v), b_k, k),)
         b_s = found
     return b_s
@@ -166,7 +165,7 @@ def add_channel_gradient(
 
 @triton.jit
 def sum_crossing(b_x, rows, like, FROM_BEFORE: tl.constexpr, KIND: tl.constexpr):
-    """The flow across each row: of what came to rows from before the chunk, or left rows for behind.
+    """The flow across each row: of what came to rows from before the chunk, or left for behind it.
 
     ``FROM_BEFORE``: sums over this row and those behind it, else over the rows before it.
     """
@@ -204,14 +203,14 @@ def linear_backward_qk_kernel(
     NK: tl.constexpr = (dims.K + BK - 1) // BK
     NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
     WITH_DG: tl.constexpr = grads.dg is not None
-    DTYPE: tl.constexpr = q.ptr.dtype.element_ty
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
     i_program = tl.program_id(0)
     i_slice = i_program % NK
     i_k = i_slice * BK
     heads = walk.heads >> 1
     i_h = i_program // NK % heads
     i_s = i_program // NK // heads
-    i_n, i_b, place, first, last, begin, end = find_segment(walk, i_s)
+    i_n, i_b, _, first, _, begin, end = find_segment(walk, i_s)
 
     i_end = i_s if kind.CAUSAL else i_n
     b_ds = load_slices(ends, walk, i_end, i_h, 0, dims, i_k, NV)  # of [BV, BK]
@@ -246,19 +245,19 @@ def linear_backward_qk_kernel(
         b_qd = b_q
         if kind.DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, kind.DECAY)
-            b_before = decay(tl.cumsum(b_g, 0), DTYPE)
+            b_before = decay(tl.cumsum(b_g, 0), dtype)
             b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, i_k, dims.K, BK, kind.DECAY)
             b_total = tl.sum(b_g, 0)[None, :]
             b_qd = b_q * b_before
             b_dq = b_dq * b_before
-            b_dk = b_dk * decay(b_after, DTYPE)
+            b_dk = b_dk * decay(b_after, dtype)
             if WITH_DG:
                 b_dg = sum_crossing(b_q * b_dq, rows, q, True, kind.DECAY)
                 b_dg += sum_crossing(b_k * b_dk, rows, q, False, kind.DECAY)
                 b_through = b_through[None, :]
                 if kind.DECAY == "token":
                     b_through = tl.sum(b_through, 1)[:, None]
-                b_dg += decay(b_total, DTYPE) * b_through
+                b_dg += decay(b_total, dtype) * b_through
             else:
                 b_dg = b_dq
         if kind.CAUSAL:
@@ -275,7 +274,7 @@ def linear_backward_qk_kernel(
                     b_dk, b_dg, b_k, b_q, b_g, b_da, walk, q, False, WITH_DG
                 )
             elif kind.DECAY == "token":
-                b_d = token_decay(b_g, rows, DTYPE, False)
+                b_d = token_decay(b_g, rows, dtype, False)
                 if WITH_DG:
                     b_flow = product(b_q, tl.trans(b_k), q) * b_d * b_da
                     b_flow = tl.where(rows[:, None] > rows[None, :], b_flow, 0.0)
@@ -284,7 +283,7 @@ def linear_backward_qk_kernel(
                     b_dg += tl.sum(b_flow, 1)[:, None]
                 b_dq += product(b_da * b_d, b_k, q)
                 b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)
-                b_dk += product(b_da * token_decay(b_g, rows, DTYPE, True), b_q, q)
+                b_dk += product(b_da * token_decay(b_g, rows, dtype, True), b_q, q)
             else:
                 b_dq += product(tl.where(rows[:, None] >= rows[None, :], b_da, 0.0), b_k, q)
                 b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)
@@ -295,7 +294,7 @@ def linear_backward_qk_kernel(
                 b_do = load_slice(p_do, do, rows, live, i * dims.BV, dims.V, dims.BV)
                 b_new = b_ds[i]
                 if kind.DECAY is not None:
-                    b_new = age(b_new, b_total, DTYPE)
+                    b_new = age(b_new, b_total, dtype)
                 found = found + (b_new + product(tl.trans(b_do), b_qd, q),)
             b_ds = found
         b_dq = b_dq * b_r
@@ -334,13 +333,13 @@ def linear_backward_v_kernel(
 ):
     BT: tl.constexpr = dims.BT
     NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
-    DTYPE: tl.constexpr = q.ptr.dtype.element_ty
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
     i_program = tl.program_id(0)
     i_v = i_program % NV * dims.BV
     heads = walk.heads >> 1
     i_h = i_program // NV % heads
     i_s = i_program // NV // heads
-    i_n, i_b, place, first, last, begin, end = find_segment(walk, i_s)
+    i_n, i_b, _, _, _, begin, end = find_segment(walk, i_s)
 
     i_end = i_s if kind.CAUSAL else i_n
     b_ds = load_state(ends, walk, i_end, i_h, 0, dims, 0, i_v, False)  # [BK, BV]
@@ -356,7 +355,7 @@ def linear_backward_v_kernel(
         b_k = load_features(k, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
         if kind.DECAY is not None:
             b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, 0, dims.K, dims.BK, kind.DECAY)
-            b_k = b_k * decay(b_after, DTYPE)
+            b_k = b_k * decay(b_after, dtype)
         b_dv = product(b_k, b_ds, q)  # [BT, BV]
         if kind.CAUSAL:
             b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i_v, dims.V, dims.BV)
@@ -365,8 +364,8 @@ def linear_backward_v_kernel(
             b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, rows, live)
             if kind.DECAY is not None:
                 b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.DECAY)
-                b_q = b_q * decay(tl.cumsum(b_g, 0), DTYPE)
-                b_ds = age(b_ds, tl.sum(b_g, 0)[:, None], DTYPE)
+                b_q = b_q * decay(tl.cumsum(b_g, 0), dtype)
+                b_ds = age(b_ds, tl.sum(b_g, 0)[:, None], dtype)
             b_ds += product(tl.trans(b_q), b_do, q)
         store_slice(locate(dv, i_b, i_h, t), dv, rows, live, b_dv, i_v, dims.V, dims.BV)
     if dstart is not None:

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-
 from attnvariants.kernels._feature_map import apply_map, map_gradient
-from attnvariants.kernels._tiles import load_slice, locate, cast, store_slice
+from attnvariants.kernels._tiles import cast, load_slice, locate, store_slice
 
 
 class Epilogue(NamedTuple):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from attnvariants.kernels._decay import (
     add_channel_scores,
     age,
@@ -28,8 +27,8 @@ from attnvariants.kernels._walk import (
     load_features,
     load_log_decay,
     load_row_scale,
-    load_sum_until_end,
     load_state,
+    load_sum_until_end,
     locate_state,
 )
 from attnvariants.kernels.linear_epilogue import weigh_and_gate
@@ -58,7 +57,7 @@ def chunk_scores(
     """
     BT: tl.constexpr = dims.BT
     BC: tl.constexpr = dims.BC
-    DTYPE: tl.constexpr = q.ptr.dtype.element_ty
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
     b_a = tl.zeros([BT, BT], tl.float32)
     for i_k in tl.range(0, dims.K, BC, loop_unroll_factor=1):
         b_q = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, BC, kind.FEATURE_MAP)
@@ -73,7 +72,7 @@ def chunk_scores(
             b_a += product(b_q, tl.trans(b_k), q)
     if kind.DECAY == "token":
         b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, BC, "token")
-        b_a = b_a * token_decay(b_g, rows, DTYPE, T)
+        b_a = b_a * token_decay(b_g, rows, dtype, T)
     elif kind.DECAY is None:
         if T:
             b_a = tl.where(rows[:, None] <= rows[None, :], b_a, 0.0)
@@ -100,14 +99,14 @@ def linear_forward_kernel(
 ):
     BT: tl.constexpr = dims.BT
     NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
-    DTYPE: tl.constexpr = q.ptr.dtype.element_ty
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
     i_program = tl.program_id(0)
     i_slice = i_program % NV
     i_v = i_slice * dims.BV
     heads = walk.heads >> 1
     i_h = i_program // NV % heads
     i_s = i_program // NV // heads
-    i_n, i_b, place, first, last, begin, end = find_segment(walk, i_s)
+    i_n, i_b, _, _, _, begin, end = find_segment(walk, i_s)
 
     i_start = i_s if kind.CAUSAL else i_n
     b_s = load_state(start, walk, i_start, i_h, 0, dims, 0, i_v, False)  # [BK, BV]
@@ -124,14 +123,14 @@ def linear_forward_kernel(
                 b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.DECAY)
             b_o = product(b_a, b_v, q)  # [BT, BV]
             if kind.DECAY is not None:
-                b_q = b_q * decay(tl.cumsum(b_g, 0), DTYPE)
+                b_q = b_q * decay(tl.cumsum(b_g, 0), dtype)
                 b_after = load_sum_until_end(
                     g, i_b, i_h, t, rows, end, 0, dims.K, dims.BK, kind.DECAY
                 )
-                b_k = b_k * decay(b_after, DTYPE)
+                b_k = b_k * decay(b_after, dtype)
             b_o += product(b_q, b_s, q)
             if kind.DECAY is not None:
-                b_s = age(b_s, tl.sum(b_g, 0)[:, None], DTYPE)
+                b_s = age(b_s, tl.sum(b_g, 0)[:, None], dtype)
             b_s += product(tl.trans(b_k), b_v, q)
         else:
             b_q = load_features(q, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-
 from attnvariants.kernels._decay import age, decay, fresh_rows
 from attnvariants.kernels._tiles import load_slice, locate, product
 from attnvariants.kernels._walk import (
@@ -18,8 +17,8 @@ from attnvariants.kernels._walk import (
     load_features,
     load_log_decay,
     load_row_scale,
-    load_sum_until_end,
     load_state,
+    load_sum_until_end,
     locate_state,
 )
 
@@ -51,7 +50,7 @@ def linear_states_kernel(
 ):
     """The state of every segment, chunk by chunk; a program holds a tile of it."""
     BT: tl.constexpr = dims.BT
-    DTYPE: tl.constexpr = k.ptr.dtype.element_ty
+    dtype: tl.constexpr = k.ptr.dtype.element_ty
     NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
     NK: tl.constexpr = (dims.K + dims.BK - 1) // dims.BK
     i_program = tl.program_id(0)
@@ -80,7 +79,7 @@ def linear_states_kernel(
         live = t + rows < end
         b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
         if BACKWARD:
-            b_k = b_k * load_row_scale(rstd, scale, i_b, i_h, t, live)
+            b_k = b_k * load_row_scale(rstd, scale, i_b, i_h, t, rows, live)
         b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i_v, dims.V, dims.BV)
         if kind.DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, kind.DECAY)
@@ -90,9 +89,9 @@ def linear_states_kernel(
                 b_decay = load_sum_until_end(
                     g, i_b, i_h, t, rows, end, i_k, dims.K, dims.BK, kind.DECAY
                 )
-            b_k = b_k * decay(b_decay, DTYPE)
+            b_k = b_k * decay(b_decay, dtype)
             b_total = tl.sum(b_g, 0)
-            b_s = age(b_s, b_total[:, None], DTYPE)
+            b_s = age(b_s, b_total[:, None], dtype)
             b_sum += b_total
         b_s += product(tl.trans(b_k), b_v, k)
 

@@ -59,9 +59,10 @@ def assert_exact(
 @pytest.fixture(autouse=True)
 def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes as long for a small tile as for a large one."""
-    from attnvariants.kernels import linear
     from attnvariants.kernels._launch import tile_dim
     from attnvariants.kernels._linear_configs import Tiles
+
+    from attnvariants.kernels import linear
 
     def tiles(kernel: str, dtype: torch.dtype, key_dim: int, value_dim: int) -> Tiles:
         return Tiles(64, tile_dim(key_dim), tile_dim(value_dim), 4, 1)
