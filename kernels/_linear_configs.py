@@ -79,7 +79,7 @@ _OVER_K = {  # by K
 }
 _TO_KEYS = {  # the tile of V is a part of the state that a program holds
     "hopper": {256: Tiles(64, 16, 64, 4, 1)},
-    "ampere": {256: Tiles(32, 16, 64, 2, 1)},
+    "ampere": {256: Tiles(32, 16, 64, 4, 1)},
     "float32": {256: Tiles(32, 16, 32, 4, 1)},
 }
 _ANY = ("hopper", "ampere", "float32")

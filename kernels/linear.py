@@ -43,6 +43,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``out``, ``y``, ``rstd`` and the state of the operator ``linear_forward``."""
     call = _Call(q, k, v, g, cu_seqlens, feature_map, causal)
+    initial_state = None if initial_state is None else initial_state.contiguous()
     batch, length, heads, value_dim = v.shape
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     scaled = gate is not None or norm_weight is not None
