@@ -28,6 +28,8 @@ TRITON_FUNCTIONS = frozenset(
         "diag_attention",
         "gated_linear_attention",
         "norm_linear_attention",
+        "attention_decode",
+        "linear_attention_decode",
     }
 )
 CUDA_FUNCTIONS: frozenset[str] = frozenset()

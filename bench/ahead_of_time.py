@@ -18,7 +18,7 @@ from typing import Any
 from bench.errors import BenchError
 
 _TILE = re.compile(r"B[A-Z0-9]+$")  # tile sizes, by the letters of kernels/README
-_TILE_ORDER = "BT BS BK BV"
+_TILE_ORDER = ("BT", "BS", "BK", "BV")  # and then the others
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ def _tiles(constants: dict[str, Any]) -> dict[str, int]:
             found |= _tiles(value._asdict())
         elif _TILE.match(name) and isinstance(value, int) and value > 0:
             found[name] = value
-    return dict(sorted(found.items(), key=lambda tile: _TILE_ORDER.find(tile[0])))
+    order = [*_TILE_ORDER, *found]
+    return {name: found[name] for name in dict.fromkeys(order) if name in found}
 
 
 def _reason(error: Exception) -> str:

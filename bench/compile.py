@@ -96,17 +96,16 @@ def run(args: argparse.Namespace) -> int:
     cases = [
         case
         for case in compile_cases(quick=args.quick)
-        if not args.dtypes or case.dtype in args.dtypes
+        if (not args.dtypes or case.dtype in args.dtypes)
+        and any(_wanted(name, args.kernels) for name in case.kernels)
     ]
     if not cases:
-        raise BenchError("nothing to compile: no case matches --dtypes")
+        raise BenchError("nothing to compile: no case matches --dtypes and --kernels")
     console = make_console()
     environment = describe()
     console.print(one_line(environment), markup=False, soft_wrap=True)
     start = time.perf_counter()
     rows = compile_all(cases, args.archs, console, jobs=args.jobs, kernels=args.kernels)
-    if not rows:
-        raise BenchError("nothing to compile: no kernel matches --kernels")
     seconds = time.perf_counter() - start
     show(console, rows)
     broken = [row for row in rows if row.problems]
@@ -179,8 +178,12 @@ def compile_task(task: Task, report: Callable[[Any], None]) -> list[Row]:
     return [
         row_of(one, task.case, ACCEPTED)
         for one in launches(task.case, task.arch)
-        if not task.kernels or any(part in one.kernel for part in task.kernels)
+        if _wanted(one.kernel, task.kernels) or one.error
     ]
+
+
+def _wanted(kernel: str, parts: Sequence[str] | None) -> bool:
+    return not parts or any(part in kernel for part in parts)
 
 
 def launches(case: CompileCase, arch: int) -> list[Compiled]:

@@ -71,7 +71,23 @@ class AcceptedSpill:
         return kernel == self.kernel and arch in self.archs and self.case in case.label
 
 
-ACCEPTED: tuple[AcceptedSpill, ...] = (
+_UNALIGNED = "unaligned strides"
+_SOFTMAX_SPILLS = tuple(
+    AcceptedSpill(
+        kernel,
+        (80, 86, 89, 90, 100, 120),
+        768,
+        "rows that do not start at multiples of 16 elements are loaded element by element, which "
+        "is slow with any tiles; they share the entries of the table with those that do",
+        case=_UNALIGNED,
+    )
+    for kernel in (
+        "softmax_forward_kernel",
+        "softmax_backward_dq_kernel",
+        "softmax_backward_dkdv_kernel",
+    )
+)
+_LINEAR_SPILLS = (
     AcceptedSpill(
         "linear_backward_qk_kernel",
         (90, 100),
@@ -86,6 +102,7 @@ ACCEPTED: tuple[AcceptedSpill, ...] = (
         "also holds operands of products, which later chips read from shared memory",
     ),
 )
+ACCEPTED = (*_SOFTMAX_SPILLS, *_LINEAR_SPILLS)
 
 
 # --- softmax attention ---------------------------------------------------------------------------
@@ -143,7 +160,8 @@ def softmax(case: Case, tensors: dict[str, Tensor]) -> Calls:
 
     def backward() -> tuple[Tensor, ...]:
         dout, out, lse = given()
-        return kernels.backward(dout, None, q, k, v, gate, out, lse, cu_seqlens, *options)
+        dlse = torch.ones_like(lse) if stats else None
+        return kernels.backward(dout, dlse, q, k, v, gate, out, lse, cu_seqlens, *options)
 
     @functools.cache
     def given() -> tuple[Tensor, Tensor, Tensor]:
@@ -153,30 +171,79 @@ def softmax(case: Case, tensors: dict[str, Tensor]) -> Calls:
     return {"forward": forward, "backward": backward}
 
 
+def diagonal(case: Case, tensors: dict[str, Tensor]) -> Calls:
+    """Forward and backward behind ``diag_attention``."""
+    kernels: Any = importlib.import_module("attnvariants.kernels.diag")
+    q, k, v = (tensors[name] for name in "qkv")
+    cu_seqlens = tensors.get("cu_seqlens")
+    activation = case.options.get("activation", "softmax")
+    options = (case.options["block_size"], activation, case.causal, case.key_dim**-0.5)
+    stats = bool(case.options.get("return_stats"))
+
+    def forward() -> Any:
+        return kernels.forward(q, k, v, cu_seqlens, *options, stats)
+
+    def backward() -> Any:
+        dout, out, lse = given()
+        return kernels.backward(dout, q, k, v, out, lse, cu_seqlens, *options)
+
+    @functools.cache
+    def given() -> tuple[Tensor, Tensor | None, Tensor | None]:
+        out, lse, _ = forward()
+        saved = (None, None) if activation == "relu" else (out, lse)
+        return torch.ones_like(out), *saved
+
+    return {"forward": forward, "backward": backward}
+
+
 def _softmax_cases() -> list[CompileCase]:
     def make(
-        dims: tuple[int, int], dtype: str, name: str, features: dict[str, Any], quick: bool
+        dims: tuple[int, int], dtype: str, name: str, features: dict[str, Any], quick: bool = False
     ) -> CompileCase:
-        key_dim, value_dim = dims
-        size = f"K={key_dim}" + (f" V={value_dim}" if value_dim != key_dim else "")
-        case = Case(
-            "gated_sdpa", f"{size} {name}", key_dim=key_dim, value_dim=value_dim, **features
-        )
+        case = _sized("gated_sdpa", dims, name, features)
         return CompileCase(case, dtype, softmax, _SOFTMAX_KERNELS, _WITHOUT_DOTS, quick)
 
     found = []
     for dims in _HEAD_DIMS:
         found.append(make(dims, "bfloat16", "all features", _HEAVY, dims in _BUCKETS))
         for name, features in _FEATURES.items():
-            found.append(make(dims, "bfloat16", name, features, False))
+            headwise = features.get("gate") == "headwise"
+            found.append(make(dims, "bfloat16", name, features, headwise and dims == (64, 64)))
     for dims in _BUCKETS:
-        found.append(make(dims, "float16", "all features", _HEAVY, False))
-    for dims in (*_BUCKETS, (96, 96)):
-        found.append(make(dims, "float32", "all features", _HEAVY, dims in _BUCKETS))
-        found.append(make(dims, "float32", "no gate", _FEATURES["no gate"], False))
-    unaligned = {**_HEAVY, "gate": None}
-    found.append(make((100, 100), "bfloat16", "unaligned strides", unaligned, False))
+        found.append(make(dims, "float16", "all features", _HEAVY))
+        found.append(make(dims, "float32", "all features", _HEAVY, quick=True))
+    found.append(make((96, 96), "float32", "no gate", _FEATURES["no gate"]))
+    found.append(make((100, 100), "bfloat16", _UNALIGNED, {**_HEAVY, "gate": None}))
     return found
+
+
+def _diagonal_cases() -> list[CompileCase]:
+    def make(
+        dims: tuple[int, int], dtype: str, activation: str, block: int, quick: bool = False
+    ) -> CompileCase:
+        options = {"block_size": block, "activation": activation, "return_stats": True}
+        features = {"length": 256, "heads": 4, "kv_heads": 2, "sequences": (100, 0, 156)}
+        name = f"{activation}, blocks of {block}"
+        case = _sized("diag_attention", dims, name, {**features, "options": options})
+        relu = activation == "relu"  # has no row sums, so no kernel that computes them
+        kernels = {name: call for name, call in _SOFTMAX_KERNELS.items() if "rows" not in name}
+        launched = kernels if relu else _SOFTMAX_KERNELS
+        return CompileCase(case, dtype, diagonal, launched, _WITHOUT_DOTS, quick)
+
+    found = []
+    for dims in _BUCKETS:
+        found.append(make(dims, "bfloat16", "relu", 64, quick=dims == (64, 64)))
+        found.append(make(dims, "bfloat16", "softmax", 256))
+        found.append(make(dims, "float32", "relu", 64))
+    found.append(make((128, 128), "bfloat16", "softmax", 16))
+    found.append(make((128, 128), "float16", "relu", 64))
+    return found
+
+
+def _sized(function: str, dims: tuple[int, int], name: str, features: Mapping[str, Any]) -> Case:
+    key_dim, value_dim = dims
+    size = f"K={key_dim}" + (f" V={value_dim}" if value_dim != key_dim else "")
+    return Case(function, f"{size} {name}", key_dim=key_dim, value_dim=value_dim, **features)
 
 
 # --- linear attention ----------------------------------------------------------------------------
@@ -252,5 +319,5 @@ def _linear_cases() -> list[CompileCase]:
 
 def compile_cases(*, quick: bool = False) -> list[CompileCase]:
     """All cases, or those that reach every entry of the configuration tables once."""
-    cases = [*_softmax_cases(), *_linear_cases()]
+    cases = [*_softmax_cases(), *_diagonal_cases(), *_linear_cases()]
     return [case for case in cases if case.quick or not quick]

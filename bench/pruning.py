@@ -75,7 +75,8 @@ def prune(
         for BT, BS, warps in itertools.product(space["BT"], sizes, space["warps"]):
             stages = [Candidate(BT, BS, warps, count) for count in sorted(space["stages"])]
             others = tuple(one for one in stages if one != entry.candidate)
-            tasks.append(Task(kernel, own, arch, others))
+            if others:
+                tasks.append(Task(kernel, own, arch, others))
     with progress(console, len(tasks)) as step:
         found = _prune_tasks(tasks, jobs, step)
     return [*current.values(), *sorted(found, key=lambda one: (one.arch, one.candidate))]
@@ -120,9 +121,13 @@ def _judge(task: Task, candidate: Candidate | None) -> Result:
             found = launches(case, task.arch)
         one = next((one for one in found if table_name(one.kernel) == task.kernel), found[-1])
         row = row_of(one, case, ())
+        BT, BS = (row.tiles.get(name, 0) for name in ("BT", "BS"))
+        used = Candidate(BT, BS, row.warps, row.stages)
         if candidate is None:
-            BT, BS = (row.tiles.get(name, 0) for name in ("BT", "BS"))
-            result.candidate = Candidate(BT, BS, row.warps, row.stages)
+            result.candidate = used
+        elif used != candidate and not one.error:
+            result.problem = f"the launcher makes it {used} [{row.case}]"
+            break
         result.registers = max(result.registers, row.registers)
         result.shared = max(result.shared, row.shared)
         if row.problems:

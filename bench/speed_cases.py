@@ -24,6 +24,8 @@ _ATTENTION_PEERS = (
     "sdpa + gate",
     "sdpa",
     "sdpa + gate, compiled",
+    "sdpa flash, compiled",
+    "sdpa cudnn, compiled",
     "sdpa math",
     "sdpa flash",
     "sdpa efficient",
@@ -32,7 +34,16 @@ _ATTENTION_PEERS = (
     "fa3",
     "fa4",
 )
-_LOCAL_PEERS = ("sdpa", "two calls", "flex", "fa3 two calls", "fa4 two calls")
+_LOCAL_PEERS = (
+    "sdpa",
+    "mhsa flash",
+    "mhsa cudnn",
+    "two calls",
+    "two calls of ours",
+    "flex",
+    "fa3 two calls",
+    "fa4 two calls",
+)
 _LOOPS = ("token loop", "token loop, unbind")
 _GLA_PEERS = ("sdpa", "fla chunk_gla")
 _SIMPLE_GLA_PEERS = ("sdpa", "fla chunk_simple_gla")
@@ -181,9 +192,7 @@ def _cpu_cases() -> list[SpeedCase]:
 
 def _quick_cpu_cases() -> list[SpeedCase]:
     """Smaller, so that all of them take less than a minute."""
-    peers = tuple(
-        name for name in _ATTENTION_PEERS if name not in ("flex", "sdpa + gate, compiled")
-    )
+    peers = tuple(n for n in _ATTENTION_PEERS if n != "flex" and not n.endswith("compiled"))
     local = tuple(name for name in _LOCAL_PEERS if name != "flex")
     return [
         SpeedCase(_gated(1, 1024, 8, 64), _BOTH, peers),
@@ -212,9 +221,11 @@ def _gpu_cases() -> list[SpeedCase]:
     return [
         *[SpeedCase(_gated(*shape), _BOTH, _ATTENTION_PEERS) for shape in attention],
         SpeedCase(_local(2048, 6, 1, 50, 32), _BOTH, _LOCAL_PEERS),
-        SpeedCase(_local(8192, 12, 1, 100, 64), _BOTH, _LOCAL_PEERS),
-        SpeedCase(_local(32768, 12, 1, 100, 64), _BOTH, _LOCAL_PEERS),
-        SpeedCase(_local(8192, 20, 4, 100, 64), _BOTH, _LOCAL_PEERS),
+        *[
+            SpeedCase(_local(length, 12, 1, 100, 64), _BOTH, _LOCAL_PEERS)
+            for length in (512, 2048, 8192, 32768)
+        ],
+        *[SpeedCase(_local(8192, 20, g, 100, 64), _BOTH, _LOCAL_PEERS) for g in (1, 4)],
         SpeedCase(_local(8192, 32, 2, 512, 128, kv_heads=8), _BOTH, _LOCAL_PEERS),
         *[SpeedCase(_gla(*shape), _BOTH, _GLA_PEERS) for shape in gla],
         *[SpeedCase(_gla(b, t, h, d, d), _BOTH, _GLA_PEERS) for b, t, h, d in registry],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attnvariants import ls_attention
 from bench.cases import TRAINING, Case
 
 _MOST_SCORE_BYTES = 4 * 2**30
@@ -55,11 +57,22 @@ def sdpa_gate(case: Case, inputs: Inputs, mode: str) -> Call:
     return lambda: gated(_attend(case, inputs), inputs)
 
 
-def sdpa_gate_compiled(case: Case, inputs: Inputs, mode: str) -> Call:
-    """The same through ``torch.compile``."""
-    _needs_compiler(inputs)
-    compiled = _compiled_glue(case.name, mode)
-    return lambda: compiled(case, dict(inputs))
+def sdpa_gate_compiled(backend: SDPBackend | None = None) -> Callable[[Case, Inputs, str], Call]:
+    """The same through ``torch.compile``, with a back end of SDPA or torch's choice."""
+
+    def build(case: Case, inputs: Inputs, mode: str) -> Call:
+        _needs_compiler(inputs)
+        if backend is not None:
+            _needs_device(inputs, "cuda")
+        compiled = _compiled_glue(case.name, mode, str(backend))
+
+        def call() -> Tensor:
+            with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+                return compiled(case, dict(inputs))
+
+        return call
+
+    return build
 
 
 @functools.lru_cache(maxsize=1)
@@ -77,13 +90,17 @@ def _needs_compiler(inputs: Inputs) -> None:
         raise Missing("torch.compile on a CPU needs g++")
 
 
+def _needs_device(inputs: Inputs, devices: str) -> None:
+    device = inputs["q"].device.type
+    if device not in devices.split():
+        raise Missing(f"this back end of SDPA takes {devices} tensors, got {device}")
+
+
 def sdpa_backend(backend: SDPBackend, devices: str) -> Callable[[Case, Inputs, str], Call]:
     """One back end of SDPA, with the gate as glue code."""
 
     def build(case: Case, inputs: Inputs, mode: str) -> Call:
-        device = inputs["q"].device.type
-        if device not in devices.split():
-            raise Missing(f"this back end of SDPA takes {devices} tensors, got {device}")
+        _needs_device(inputs, devices)
         scores = case.batch * case.heads * case.length * case.keys * inputs["q"].itemsize
         if backend == SDPBackend.MATH and scores > _MOST_SCORE_BYTES:
             raise Missing(f"its scores alone take {scores / 2**30:.0f} GiB")
@@ -95,6 +112,27 @@ def sdpa_backend(backend: SDPBackend, devices: str) -> Callable[[Case, Inputs, s
         return call
 
     return build
+
+
+def own_two_calls(case: Case, inputs: Inputs, mode: str) -> Call:
+    """Our own kernels, launched once for the local and once for the global heads, then joined."""
+    local, size = local_heads(case)
+    rows = local * (case.heads // case.key_heads)
+    gate = inputs.get("gate")
+
+    def attend(heads: slice, kv_heads: slice, window: int | None) -> Tensor:
+        q, k, v = inputs["q"][:, :, heads], inputs["k"][:, :, kv_heads], inputs["v"][:, :, kv_heads]
+        part = None if gate is None else gate[:, :, heads]
+        out = ls_attention(q, k, v, window=window, gate=part)
+        assert isinstance(out, Tensor)  # no statistics
+        return out
+
+    def call() -> Tensor:
+        near = attend(slice(None, rows), slice(None, local), size)
+        far = attend(slice(rows, None), slice(local, None), None)
+        return torch.cat([near, far], 2)
+
+    return call
 
 
 def two_calls(case: Case, inputs: Inputs, mode: str) -> Call:

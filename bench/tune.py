@@ -33,7 +33,7 @@ from bench.contenders import AGREEMENT, InputSets
 from bench.cubin import SHARED_LIMIT
 from bench.environment import describe, one_line
 from bench.errors import BenchError
-from bench.pruning import Result, prune, using
+from bench.pruning import Candidate, Result, prune, using
 from bench.records import write_json
 from bench.verify import DTYPES
 
@@ -84,6 +84,9 @@ def run(args: argparse.Namespace) -> int:
         measure(args.kernel, larger, survivors, console)
     for arch in archs:
         show(console, args.kernel, [result for result in results if result.arch == arch])
+    if len(archs) > 1:
+        common = ", ".join(map(str, everywhere(results))) or "none"
+        console.print(f"left on all of these chips: {common}", markup=False, soft_wrap=True)
     content = {
         "environment": environment,
         "kernel": args.kernel,
@@ -252,6 +255,13 @@ def show(console: Console, kernel: str, results: Sequence[Result]) -> None:
     if left and left[0].ratio is not None:
         text = f"best: {left[0].candidate}, {left[0].ratio:.3f} of the table's {current.candidate}"
         console.print(text, markup=False)
+
+
+def everywhere(results: Sequence[Result]) -> list[Candidate]:
+    """The candidates that are left on every chip: what a shared entry of the table can be."""
+    archs = {result.arch for result in results}
+    left = Counter(result.candidate for result in results if not result.problem)
+    return sorted(candidate for candidate, count in left.items() if count == len(archs))
 
 
 def _kind(problem: str) -> str:

@@ -43,23 +43,23 @@ def _kind(arch: int) -> str:
 _TABLES: dict[str, dict[str, dict[int, Config]]] = {
     "softmax_forward": {
         "hopper": {
-            64: Config(128, 64, 4, 3),
+            64: Config(128, 64, 8, 3),
             128: Config(128, 64, 8, 3),
-            256: Config(128, 32, 8, 2),
+            256: Config(64, 32, 8, 3),
         },
         "ampere": {
             64: Config(128, 64, 8, 3),
-            128: Config(128, 64, 8, 3),
+            128: Config(128, 32, 8, 3),
             256: Config(64, 32, 8, 2),
         },
         "consumer": {
-            64: Config(128, 64, 4, 2),
+            64: Config(128, 64, 8, 2),
             128: Config(128, 32, 8, 2),
             256: Config(64, 32, 8, 2),
         },
         "float32": {
-            64: Config(32, 32, 4, 2),
-            128: Config(32, 32, 8, 2),
+            64: Config(32, 32, 8, 2),
+            128: Config(32, 16, 8, 1),
             256: Config(16, 32, 8, 2),
         },
     },
@@ -84,31 +84,31 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
             256: Config(32, 32, 8, 1),
         },
         "float32": {
-            64: Config(32, 32, 4, 1),
-            128: Config(32, 32, 8, 1),
-            256: Config(16, 32, 8, 1),
+            64: Config(32, 32, 8, 1),
+            128: Config(32, 16, 8, 1),
+            256: Config(16, 16, 8, 1),
         },
     },
     "softmax_backward_dkdv": {
         "hopper": {
             64: Config(64, 128, 8, 2),
-            128: Config(32, 128, 8, 2),
+            128: Config(64, 128, 8, 2),
             256: Config(32, 32, 8, 2),
         },
         "ampere": {
-            64: Config(64, 64, 4, 2),
-            128: Config(32, 64, 4, 2),
-            256: Config(32, 64, 8, 1),
+            64: Config(32, 128, 8, 2),
+            128: Config(32, 64, 8, 2),
+            256: Config(32, 32, 8, 2),
         },
         "consumer": {
-            64: Config(64, 64, 4, 2),
-            128: Config(32, 64, 4, 2),
+            64: Config(32, 128, 8, 2),
+            128: Config(32, 64, 8, 2),
             256: Config(32, 32, 8, 1),
         },
         "float32": {
-            64: Config(32, 32, 4, 1),
-            128: Config(32, 32, 8, 1),
-            256: Config(32, 16, 8, 1),
+            64: Config(32, 32, 8, 1),
+            128: Config(16, 32, 8, 1),
+            256: Config(16, 16, 8, 1),
         },
     },
 }

@@ -53,7 +53,8 @@ def backward(
     """See the operator ``softmax_backward``."""
     call = SoftmaxCall(q, k, v, cu_seqlens, windows, causal, scale)
     dpre, delta, dgate = backward_rows(dout, dlse, gate, out, activation)
-    return *call.backward(dpre, lse, delta), q.new_empty(0) if dgate is None else dgate
+    gradients = call.backward(dpre, lse, delta, lse_grad=dlse is not None)
+    return *gradients, q.new_empty(0) if dgate is None else dgate
 
 
 class SoftmaxCall:
@@ -104,7 +105,7 @@ class SoftmaxCall:
             None if self.relu else lse,
             largest,
             *(self.bands, self.cu_seqlens, sizes, self.scale, self.dims, config),
-            *(activation, self.relu),
+            activation,
             like=self.q,
             config=config,
         )
@@ -112,9 +113,12 @@ class SoftmaxCall:
         return out, lse.transpose(1, 2), max_logit
 
     def backward(
-        self, dpre: Tensor, lse: Tensor | None, delta: Tensor | None
+        self, dpre: Tensor, lse: Tensor | None, delta: Tensor | None, lse_grad: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v from that of the output before the gate, contiguous."""
+        """Gradients of q, k and v from that of the output before the gate, contiguous.
+
+        With ``lse_grad`` a gradient of the log-sum-exp is part of ``delta``.
+        """
         dq, dk, dv = (x.new_empty(x.shape) for x in (self.q, self.k, self.v))
         statistics = (None if lse is None else lse.transpose(1, 2).contiguous(), delta)
         inputs = [strided(x) for x in (self.q, self.k, self.v, dpre)]
@@ -123,7 +127,7 @@ class SoftmaxCall:
             softmax_backward_dkdv_kernel,
             programs,
             *(*inputs, *statistics, strided(dk), strided(dv), self.bands, self.cu_seqlens),
-            *(sizes, self.scale, self.dims, config, self.relu),
+            *(sizes, self.scale, self.dims, config, lse_grad),
             like=dk,
             config=config,
         )
@@ -132,7 +136,7 @@ class SoftmaxCall:
             softmax_backward_dq_kernel,
             programs,
             *(*inputs, *statistics, strided(dq), self.bands, self.cu_seqlens),
-            *(sizes, self.scale, self.dims, config, self.relu),
+            *(sizes, self.scale, self.dims, config, lse_grad),
             like=dq,
             config=config,
         )
@@ -172,7 +176,8 @@ def backward_rows(
         softmax_backward_rows_kernel,
         triton.cdiv(length, config.BT) * batch * heads,
         strided(dout),
-        *(None if x is None else strided(x) for x in (dlse, gate)),
+        None if dlse is None else strided(dlse[..., None]),  # without None: Triton 3.6
+        None if gate is None else strided(gate),
         strided(out),
         None if gate is None else strided(dpre),
         None if dgate is None else strided(dgate),

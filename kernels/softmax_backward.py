@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from attnvariants.kernels._gate import activate, log_derivative
 from attnvariants.kernels._schedule import find_rows, masked_tile, pick_tile, visible_tiles
-from attnvariants.kernels._tiles import LOG2_E, cast, dot, load_rows, locate, store_rows
+from attnvariants.kernels._tiles import LOG2_E, cast, dot, load_rows, locate, power, store_rows
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def softmax_backward_rows_kernel(
     b_dy = load_rows(locate(dout, i_b, i_h, first), dout, rows, live, V, BV).to(tl.float32)
     b_y = load_rows(locate(out, i_b, i_h, first), out, rows, live, V, BV).to(tl.float32)
     b_product = b_dy * b_y  # [BT, BV]
-    if gate is None:
+    if ACTIVATION is None:  # Triton 3.6 fails to compare a gate that holds None with None
         b_delta = tl.sum(b_product, 1)
     else:
         p_gate = locate(gate, i_b, i_h, first)
@@ -64,9 +64,12 @@ def softmax_backward_rows_kernel(
         b_act = activate(b_gate, ACTIVATION)
         b_do = cast(b_dy * b_act, dpre.ptr.dtype.element_ty)  # [BT, BV]
         store_rows(locate(dpre, i_b, i_h, first), dpre, rows, live, b_do, V, BV)
-        open_gate = b_act > 0
-        b_o = tl.where(open_gate, b_y / tl.where(open_gate, b_act, 1.0), 0.0)
-        b_delta = tl.sum(b_do.to(tl.float32) * b_o, 1)
+        if dpre.ptr.dtype.element_ty == tl.float32:  # to divide would only add roundings
+            b_delta = tl.sum(b_product, 1)
+        else:
+            open_gate = b_act > 0
+            b_o = tl.where(open_gate, b_y / tl.where(open_gate, b_act, 1.0), 0.0)
+            b_delta = tl.sum(b_do.to(tl.float32) * b_o, 1)
     if dlse is not None:
         p_dlse = locate(dlse, i_b, i_h, first) + rows * dlse.time
         b_delta -= tl.load(p_dlse, mask=live, other=0.0)
@@ -89,7 +92,7 @@ def softmax_backward_dq_kernel(
     scale,
     dims: tl.constexpr,  # Dims
     config: tl.constexpr,  # Config
-    RELU: tl.constexpr,
+    LSE_GRAD: tl.constexpr,  # delta holds a gradient of lse
 ):
     """dq of ``BT`` queries of one head, over the tiles of ``BS`` keys that they see."""
     K: tl.constexpr = dims.K
@@ -99,6 +102,9 @@ def softmax_backward_dq_kernel(
     GROUP: tl.constexpr = dims.GROUP
     BT: tl.constexpr = config.BT
     BS: tl.constexpr = config.BS
+    RELU: tl.constexpr = lse is None
+    NATURAL: tl.constexpr = RELU or q.ptr.dtype.element_ty == tl.float32
+    base = 1.0 if NATURAL else LOG2_E
     i_tile, i_b, i_rank, i_g = pick_tile(sizes, GROUP, LAST_FIRST=True)
     i_kv = tl.load(bands + 3 * i_rank)
     left = tl.load(bands + 3 * i_rank + 1)
@@ -116,7 +122,7 @@ def softmax_backward_dq_kernel(
     b_do = load_rows(locate(do, i_b, i_h, start + first), do, rows, live, V, BV)
     heads = (sizes.kv_heads >> 1) * GROUP
     offset = tl.cast(i_b * heads + i_h, tl.int64) * (sizes.queries >> 1) + start + first
-    b_lse = load_statistic(lse, offset, rows, live) * LOG2_E
+    b_lse = load_statistic(lse, offset, rows, live) * base
     b_delta = load_statistic(delta, offset, rows, live)
     p_k = locate(k, i_b, i_kv, start)
     p_v = locate(v, i_b, i_kv, start)
@@ -136,7 +142,7 @@ def softmax_backward_dq_kernel(
         end = begin
         free = begin
         edge = begin
-    factor = scale if RELU else scale * LOG2_E
+    alone = None if LSE_GRAD else (high - tl.maximum(low, 0) == 1)[:, None]
     b_dq = tl.zeros([BT, BK], tl.float32)
     for n in tl.range(0, free - begin + end - edge):
         i_s = masked_tile(n, begin, free, edge) * BS
@@ -144,15 +150,19 @@ def softmax_backward_dq_kernel(
         visible = (i_s + cols[None, :] >= low[:, None]) & (i_s + cols[None, :] < high[:, None])
         b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, exists, K, BK)
         b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, exists, V, BV)
-        b_p = probabilities(dot(b_q, tl.trans(b_k)), factor, b_lse[:, None], visible, RELU)
-        b_ds = logit_gradients(b_p, dot(b_do, tl.trans(b_v)), b_delta[:, None], RELU)
+        b_p = probabilities(
+            dot(b_q, tl.trans(b_k)), scale * base, b_lse[:, None], visible, RELU, NATURAL
+        )
+        b_ds = logit_gradients(b_p, dot(b_do, tl.trans(b_v)), b_delta[:, None], alone, RELU)
         b_dq = dot(cast(b_ds, b_k.dtype), b_k, b_dq)
     for i_tile_s in tl.range(free, edge):
         i_s = i_tile_s * BS
         b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, None, K, BK)
         b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, None, V, BV)
-        b_p = probabilities(dot(b_q, tl.trans(b_k)), factor, b_lse[:, None], None, RELU)
-        b_ds = logit_gradients(b_p, dot(b_do, tl.trans(b_v)), b_delta[:, None], RELU)
+        b_p = probabilities(
+            dot(b_q, tl.trans(b_k)), scale * base, b_lse[:, None], None, RELU, NATURAL
+        )
+        b_ds = logit_gradients(b_p, dot(b_do, tl.trans(b_v)), b_delta[:, None], None, RELU)
         b_dq = dot(cast(b_ds, b_k.dtype), b_k, b_dq)
     b_dq = b_dq * scale
     store_rows(locate(dq, i_b, i_h, start + first), dq, rows, live, b_dq, K, BK)
@@ -174,7 +184,7 @@ def softmax_backward_dkdv_kernel(
     scale,
     dims: tl.constexpr,  # Dims
     config: tl.constexpr,  # Config
-    RELU: tl.constexpr,
+    LSE_GRAD: tl.constexpr,  # delta holds a gradient of lse
 ):
     """dk and dv of ``BS`` keys of one KV head, over its query heads and the queries that see them.
 
@@ -188,6 +198,9 @@ def softmax_backward_dkdv_kernel(
     GROUP: tl.constexpr = dims.GROUP
     BT: tl.constexpr = config.BT
     BS: tl.constexpr = config.BS
+    RELU: tl.constexpr = lse is None
+    NATURAL: tl.constexpr = RELU or q.ptr.dtype.element_ty == tl.float32
+    base = 1.0 if NATURAL else LOG2_E
     i_tile, i_b, i_rank, _ = pick_tile(sizes, 1, LAST_FIRST=False)
     i_kv = tl.load(bands + 3 * i_rank)
     left = tl.load(bands + 3 * i_rank + 1)
@@ -215,11 +228,12 @@ def softmax_backward_dkdv_kernel(
     )
     low = first + cols - right - shift  # a key is seen by the queries [low, high)
     high = first + cols + left - shift
+    if keys == 1:  # all queries are alone with it, which the loop with the mask heeds
+        edge = free
     if first >= keys:
         end = begin
         free = begin
         edge = begin
-    factor = scale if RELU else scale * LOG2_E
     heads = (sizes.kv_heads >> 1) * GROUP
     b_dk = tl.zeros([BS, BK], tl.float32)
     b_dv = tl.zeros([BS, BV], tl.float32)
@@ -235,12 +249,17 @@ def softmax_backward_dkdv_kernel(
         b_do = load_rows(locate(do, i_b, i_h, start + i_t), do, rows, live, V, BV)
         offset = tl.cast(i_b * heads + i_h, tl.int64) * (sizes.queries >> 1) + start + i_t
         b_s = dot(b_k, tl.trans(b_q))  # [BS, BT]
-        b_lse = load_statistic(lse, offset, rows, live) * LOG2_E
-        b_p = probabilities(b_s, factor, b_lse[None, :], visible, RELU)
+        b_lse = load_statistic(lse, offset, rows, live) * base
+        b_p = probabilities(b_s, scale * base, b_lse[None, :], visible, RELU, NATURAL)
         b_dv = dot(cast(b_p, b_do.dtype), b_do, b_dv)
         b_dp = dot(b_v, tl.trans(b_do))  # [BS, BT]
         b_delta = load_statistic(delta, offset, rows, live)
-        b_ds = logit_gradients(b_p, b_dp, b_delta[None, :], RELU)
+        alone = None
+        if not LSE_GRAD:
+            position = i_t + shift + rows
+            count = tl.minimum(position + right + 1, keys) - tl.maximum(position - left + 1, 0)
+            alone = (count == 1)[None, :]
+        b_ds = logit_gradients(b_p, b_dp, b_delta[None, :], alone, RELU)
         b_dk = dot(cast(b_ds, b_q.dtype), b_q, b_dk)
     inner = edge - free
     for n in tl.range(0, GROUP * inner):
@@ -250,12 +269,12 @@ def softmax_backward_dkdv_kernel(
         b_do = load_rows(locate(do, i_b, i_h, start + i_t), do, rows, None, V, BV)
         offset = tl.cast(i_b * heads + i_h, tl.int64) * (sizes.queries >> 1) + start + i_t
         b_s = dot(b_k, tl.trans(b_q))  # [BS, BT]
-        b_lse = load_statistic(lse, offset, rows, None) * LOG2_E
-        b_p = probabilities(b_s, factor, b_lse[None, :], None, RELU)
+        b_lse = load_statistic(lse, offset, rows, None) * base
+        b_p = probabilities(b_s, scale * base, b_lse[None, :], None, RELU, NATURAL)
         b_dv = dot(cast(b_p, b_do.dtype), b_do, b_dv)
         b_dp = dot(b_v, tl.trans(b_do))  # [BS, BT]
         b_delta = load_statistic(delta, offset, rows, None)
-        b_ds = logit_gradients(b_p, b_dp, b_delta[None, :], RELU)
+        b_ds = logit_gradients(b_p, b_dp, b_delta[None, :], None, RELU)
         b_dk = dot(cast(b_ds, b_q.dtype), b_q, b_dk)
     b_dk = b_dk * scale
     store_rows(locate(dk, i_b, i_kv, start + first), dk, cols, exists, b_dk, K, BK)
@@ -275,22 +294,28 @@ def load_statistic(x, offset, rows, live):
 
 
 @triton.jit
-def probabilities(b_s, factor, b_lse, visible, RELU: tl.constexpr):
+def probabilities(b_s, factor, b_lse, visible, RELU: tl.constexpr, NATURAL: tl.constexpr):
     """The probabilities of a tile from its products; ``visible`` is a mask or ``None`` for all."""
     if RELU:
         b_p = tl.maximum(b_s * factor, 0.0)
     else:
-        b_p = tl.exp2(b_s * factor - b_lse)
+        b_p = power(b_s * factor - b_lse, NATURAL)
     if visible is not None:
         b_p = tl.where(visible, b_p, 0.0)
     return b_p
 
 
 @triton.jit
-def logit_gradients(b_p, b_dp, b_delta, RELU: tl.constexpr):
-    """dS from dP, without the scale."""
+def logit_gradients(b_p, b_dp, b_delta, alone, RELU: tl.constexpr):
+    """dS from dP, without the scale; ``alone`` marks queries that see one key, or is ``None``.
+
+    Nothing moves their probability from 1, but D comes from rounded outputs and would not cancel.
+    They are found in tiles with a mask only.
+    """
     if RELU:
         b_ds = tl.where(b_p > 0, b_dp, 0.0)
-    else:
+    elif alone is None:
         b_ds = b_p * (b_dp - b_delta)
+    else:
+        b_ds = tl.where(alone, 0.0, b_p * (b_dp - b_delta))
     return b_ds

@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 from attnvariants.kernels._gate import activate
 from attnvariants.kernels._schedule import find_rows, masked_tile, pick_tile, visible_tiles
-from attnvariants.kernels._tiles import LN_2, LOG2_E, cast, dot, load_rows, locate, store_rows
+from attnvariants.kernels._tiles import (
+    LN_2,
+    LOG2_E,
+    cast,
+    dot,
+    load_rows,
+    locate,
+    power,
+    store_rows,
+)
 
 
 class Dims(NamedTuple):
@@ -27,7 +36,16 @@ class Dims(NamedTuple):
 
 @triton.jit
 def accumulate(
-    b_o, b_m, b_l, b_s, b_v, factor, visible, RELU: tl.constexpr, WITH_MAX: tl.constexpr
+    b_o,
+    b_m,
+    b_l,
+    b_s,
+    b_v,
+    factor,
+    visible,
+    RELU: tl.constexpr,
+    WITH_MAX: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):
     """Adds the values of one tile of keys; ``visible`` is a mask, or ``None`` for all of them."""
     b_new = b_m
@@ -42,8 +60,8 @@ def accumulate(
         b_base = b_new
         if visible is not None:  # a row may see nothing here or before: -inf - -inf would be NaN
             b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_p = tl.exp2(b_s * factor - b_base[:, None])
-        b_rescale = tl.exp2(b_m - b_base)
+        b_p = power(b_s * factor - b_base[:, None], NATURAL)
+        b_rescale = power(b_m - b_base, NATURAL)
         b_l = b_l * b_rescale + tl.sum(b_p, 1)
         b_o = b_o * b_rescale[:, None]
     b_o = dot(cast(b_p, b_v.dtype), b_v, b_o)
@@ -57,7 +75,7 @@ def softmax_forward_kernel(
     v,  # Strided [B, S, Hkv, V]
     gate,  # Strided [B, T, H, V] or [B, T, H], logits; None
     out,  # Strided [B, T, H, V]
-    lse,  # [B, H, T]; None for relu
+    lse,  # [B, H, T]; None for the relu of the logits in place of their softmax
     max_logit,  # [tiles, B, H]; None
     bands,  # [Hkv, 3], see _schedule
     cu_seqlens,  # [N + 1]; None
@@ -66,7 +84,6 @@ def softmax_forward_kernel(
     dims: tl.constexpr,  # Dims
     config: tl.constexpr,  # Config
     ACTIVATION: tl.constexpr,  # of the gate; None
-    RELU: tl.constexpr,  # relu of the logits in place of their softmax
 ):
     K: tl.constexpr = dims.K
     V: tl.constexpr = dims.V
@@ -75,6 +92,7 @@ def softmax_forward_kernel(
     GROUP: tl.constexpr = dims.GROUP
     BT: tl.constexpr = config.BT
     BS: tl.constexpr = config.BS
+    RELU: tl.constexpr = lse is None
     i_tile, i_b, i_rank, i_g = pick_tile(sizes, GROUP, LAST_FIRST=True)
     i_kv = tl.load(bands + 3 * i_rank)
     left = tl.load(bands + 3 * i_rank + 1)
@@ -110,8 +128,9 @@ def softmax_forward_kernel(
         edge = begin
     b_o = tl.zeros([BT, BV], tl.float32)
     b_m = tl.full([BT], float("-inf"), tl.float32)  # largest logit so far
-    b_l = tl.zeros([BT], tl.float32)  # sum of exp2(logit - b_m)
-    factor = scale if RELU else scale * LOG2_E  # logits of a softmax are kept to base 2
+    b_l = tl.zeros([BT], tl.float32)  # sum of power(logit - b_m)
+    NATURAL: tl.constexpr = RELU or q.ptr.dtype.element_ty == tl.float32
+    factor = scale if NATURAL else scale * LOG2_E
     WITH_MAX: tl.constexpr = not RELU or max_logit is not None
     cols = tl.arange(0, BS)
     for n in tl.range(0, free - begin + end - edge):
@@ -121,13 +140,15 @@ def softmax_forward_kernel(
         b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, exists, K, BK)
         b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, exists, V, BV)
         b_s = dot(b_q, tl.trans(b_k))  # [BT, BS]
-        b_o, b_m, b_l = accumulate(b_o, b_m, b_l, b_s, b_v, factor, visible, RELU, WITH_MAX)
+        b_o, b_m, b_l = accumulate(
+            b_o, b_m, b_l, b_s, b_v, factor, visible, RELU, WITH_MAX, NATURAL
+        )
     for i_tile_s in tl.range(free, edge):
         i_s = i_tile_s * BS
         b_k = load_rows(p_k + tl.cast(i_s, tl.int64) * k.time, k, cols, None, K, BK)
         b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, None, V, BV)
         b_s = dot(b_q, tl.trans(b_k))  # [BT, BS]
-        b_o, b_m, b_l = accumulate(b_o, b_m, b_l, b_s, b_v, factor, None, RELU, WITH_MAX)
+        b_o, b_m, b_l = accumulate(b_o, b_m, b_l, b_s, b_v, factor, None, RELU, WITH_MAX, NATURAL)
 
     batch = sizes.batch >> 1
     heads = (sizes.kv_heads >> 1) * GROUP
@@ -137,14 +158,15 @@ def softmax_forward_kernel(
         b_o = b_o / b_l[:, None]
         length = sizes.queries >> 1
         p_lse = lse + tl.cast(i_b * heads + i_h, tl.int64) * length + start + first + rows
-        b_lse = tl.where(blind, float("-inf"), (b_m + tl.log2(b_l)) * LN_2)
+        b_lse = b_m + tl.log(b_l) if NATURAL else (b_m + tl.log2(b_l)) * LN_2
+        b_lse = tl.where(blind, float("-inf"), b_lse)
         tl.store(p_lse, b_lse, mask=live)
     if max_logit is not None:
         largest = tl.max(tl.where(live, b_m, float("-inf")), 0)
-        if not RELU:
+        if not NATURAL:
             largest = largest * LN_2
         tl.store(max_logit + (i_tile * batch + i_b) * heads + i_h, largest)
-    if gate is not None:
+    if ACTIVATION is not None:  # Triton 3.6 fails to compare a gate that holds None with None
         p_gate = locate(gate, i_b, i_h, start + first)
         if gate.dim is None:  # one logit per head
             b_gate = tl.load(p_gate + rows * gate.time, mask=live, other=0.0)[:, None]

@@ -181,9 +181,7 @@ def check_autocast(
             torch.testing.assert_close(actual, expected, check_dtype=False, rtol=0, atol=0)
 
 
-def check_checkpoint(
-    function: str, tensors: Inputs, *, impl: str = "eager", **options: Any
-) -> None:
+def check_checkpoint(function: str, tensors: Inputs, impl: str = "eager", **options: Any) -> None:
     def step(*values: Tensor) -> Any:
         given = dict(zip(tensors, values, strict=True))
         return run(function, given, impl=impl, **options)
@@ -212,13 +210,13 @@ def check_strides(function: str, tensors: Inputs, *, impl: str = "eager", **opti
     assert_same(results(function, moved, impl=impl, **options), expected)
 
 
-def check_subsets(function: str, tensors: Inputs, **options: Any) -> None:
+def check_subsets(function: str, tensors: Inputs, impl: str = "eager", **options: Any) -> None:
     """A gradient does not depend on which other inputs need one."""
-    cotangent = torch.randn_like(run(function, tensors, impl="eager", **options))
+    cotangent = torch.randn_like(run(function, tensors, impl=impl, **options))
 
     def gradients(names: list[str]) -> dict[str, Tensor]:
         leaves = {n: x.detach().requires_grad_(n in names) for n, x in tensors.items()}
-        out = run(function, leaves, impl="eager", **options)
+        out = run(function, leaves, impl=impl, **options)
         found = torch.autograd.grad(out, [leaves[name] for name in names], cotangent)
         return dict(zip(names, found, strict=True))
 

@@ -79,19 +79,21 @@ def assert_identical(actual: Inputs, expected: Inputs) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def check_definition(function: str, tensors: Inputs, dtype: torch.dtype, **options: Any) -> None:
-    """Outputs and gradients of ``impl="eager"`` against the definition.
+def check_definition(
+    function: str, tensors: Inputs, dtype: torch.dtype, impl: str = "eager", **options: Any
+) -> None:
+    """Outputs and gradients of ``impl`` against the definition.
 
     Half precision is held to the budget of the data, float64 to its last digits. In float32 the
     largest of a few roundings is a matter of luck, so there the budget is that of the root mean
     square.
     """
     if dtype in (torch.bfloat16, torch.float16):
-        assert_matches_definition(function, tensors, options, impl="eager", dtype=dtype)
+        assert_matches_definition(function, tensors, options, impl=impl, dtype=dtype)
         return
     working = {n: x.to(dtype) if x.is_floating_point() else x for n, x in tensors.items()}
     exact = {n: x.double() if x.is_floating_point() else x for n, x in working.items()}
-    found = results(function, working, impl="eager", **options)
+    found = results(function, working, impl=impl, **options)
     truth = results(function, exact, impl="reference", **options)
     if dtype == F64:
         assert_same(found, truth)

@@ -3,112 +3,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
+from decode_checks import F32, assert_decodes, cut, decode, draw, make_cache, whole
 from hypothesis import given, settings
-from torch import Tensor
 
 from attnvariants import KVCache, attention_decode, ls_attention
-from attnvariants._verify import exact_and_error, round_to, within
+from attnvariants._verify import within
 from attnvariants.reference.gated_sdpa import gated_sdpa
 
-IMPLEMENTATIONS = ("eager", "reference")
-F32 = torch.float32
+PLAIN = ("eager", "reference")  # kernels take smaller grids, in test_softmax_decode_kernels.py
+IMPLEMENTATIONS = (*PLAIN, "triton")
 
 
-def draw(
-    batch: int, length: int, heads: int, kv_heads: int, key_dim: int = 5, value_dim: int = 7
-) -> dict[str, Tensor]:
-    return {
-        "q": torch.randn(batch, length, heads, key_dim, dtype=torch.float64),
-        "k": torch.randn(batch, length, kv_heads, key_dim, dtype=torch.float64),
-        "v": torch.randn(batch, length, kv_heads, value_dim, dtype=torch.float64),
-    }
-
-
-def cut(tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    return {name: tensor[:, start:stop] for name, tensor in tensors.items()}
-
-
-def make_cache(tensors: Mapping[str, Tensor], window: Any, max_length: int = 0) -> KVCache:
-    batch, length, kv_heads, key_dim = tensors["k"].shape
-    return KVCache(
-        *(batch, max_length or length, kv_heads, key_dim, tensors["v"].shape[-1]),
-        window=window,
-        dtype=tensors["k"].dtype,
-    )
-
-
-def decode(
-    tensors: Mapping[str, Tensor], window: Any, prompt: int, steps: Sequence[int], **options: Any
-) -> dict[str, Tensor]:
-    """Appends a prompt of ``prompt`` tokens and decodes ``steps``."""
-    cache = make_cache(tensors, window)
-    cache.append(tensors["k"][:, :prompt], tensors["v"][:, :prompt])
-    ends = itertools.accumulate(steps, initial=prompt)
-    results = [
-        attention_decode(**cut(tensors, *ends), cache=cache, return_stats=True, **options)
-        for ends in itertools.pairwise(ends)
-    ]
-    assert cache.lengths.tolist() == [prompt + sum(steps)] * cache.batch_size
-    assert cache.max_filled == prompt + sum(steps)
-    return {
-        "out": torch.cat([out for out, _ in results], dim=1),
-        "lse": torch.cat([stats.lse for _, stats in results], dim=1),
-        "max_logit": torch.stack([stats.max_logit for _, stats in results]),
-    }
-
-
-def whole(
-    tensors: Mapping[str, Tensor], window: Any, prompt: int, steps: Sequence[int], **options: Any
-) -> dict[str, Tensor]:
-    """The same by the definition on the whole sequence."""
-    kinds = {"window": window, "return_stats": True, "upcast": False} | options
-    stop = prompt + sum(steps)
-    out, stats = gated_sdpa(**cut(tensors, 0, stop), **kinds)
-    largest = []
-    for start, end in itertools.pairwise(itertools.accumulate(steps, initial=prompt)):
-        keys = {name: tensor[:, :end] for name, tensor in tensors.items() if name in "kv"}
-        largest.append(gated_sdpa(tensors["q"][:, start:end], **keys, **kinds)[1].max_logit)
-    return {
-        "out": out[:, prompt:],
-        "lse": stats.lse[:, prompt:],
-        "max_logit": torch.stack(largest),
-    }
-
-
-def assert_decodes(
-    tensors: Mapping[str, Tensor],
-    window: Any,
-    prompt: int,
-    steps: Sequence[int],
-    dtype: torch.dtype = F32,
-    *,
-    impl: str = "eager",
-    **options: Any,
-) -> None:
-    working = {name: round_to(name, tensor, dtype) for name, tensor in tensors.items()}
-    actual = decode(working, window, prompt, steps, impl=impl, **options)
-    truth, errors = exact_and_error(
-        lambda inputs, _: whole(inputs, window, prompt, steps, **options), working, dtype
-    )
-    assert actual["out"].dtype == dtype
-    rows = [within(name, actual[name], truth[name], errors[name], dtype) for name in truth]
-    assert all(row.ok for row in rows), rows
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", PLAIN)
 @pytest.mark.parametrize("prompt", [0, 1, 4, 5, 6, 7, 31])
 @pytest.mark.parametrize("window", [None, 1, 6, (None, 6), (2, 6)])
 def test_single_tokens_around_the_window(window: Any, prompt: int, impl: str) -> None:
     assert_decodes(draw(2, prompt + 9, 4, 2), window, prompt, [1] * 9, impl=impl)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", PLAIN)
 @pytest.mark.parametrize("steps", [[8, 8, 8], [2, 3, 4, 5, 6, 7], [1, 8, 1, 8, 1]])
 @pytest.mark.parametrize("window", [None, 1, 3, 5, 8, (3, None), (7, 2)])
 def test_steps_of_several_tokens(window: Any, steps: list[int], impl: str) -> None:
@@ -123,7 +41,7 @@ def test_head_groups_and_precisions(heads: int, kv_heads: int, dtype: torch.dtyp
     tensors = draw(2, 80, heads, kv_heads, key_dim=24, value_dim=40)
     tensors["gate"] = torch.randn_like(tensors["q"][..., 0])
     window = (16, None, 5)[:kv_heads]
-    for impl in IMPLEMENTATIONS:
+    for impl in PLAIN if dtype == torch.float64 else IMPLEMENTATIONS:
         assert_decodes(tensors, window, 66, [1, 2, 8, 3], dtype, impl=impl)
 
 
@@ -138,16 +56,25 @@ def test_gates(elementwise: bool, activation: str, impl: str) -> None:
     assert_decodes(tensors, (4, None), 9, [1, 5, 2], **options)
 
 
-def test_large_logits() -> None:
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_large_logits(impl: str) -> None:
     tensors = draw(2, 20, 4, 2)
     tensors["q"] *= 1e4
-    assert_decodes(tensors, (4, None), 9, [1, 5, 2])
+    assert_decodes(tensors, (4, None), 9, [1, 5, 2], impl=impl)
 
 
-def test_closed_gate_gives_zero() -> None:
-    tensors = cut(draw(1, 3, 2, 2), 0, 1)
-    gate = torch.full((1, 1, 2), -torch.inf, dtype=torch.float64)
-    assert not attention_decode(**tensors, cache=make_cache(tensors, None), gate=gate).any()
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_scales_that_are_not_positive(scale: float, impl: str) -> None:
+    assert_decodes(draw(2, 20, 4, 2), (4, None), 9, [1, 5, 2], softmax_scale=scale, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_closed_gate_gives_zero(impl: str) -> None:
+    tensors = {name: x.float() for name, x in cut(draw(1, 3, 2, 2), 0, 1).items()}
+    gate = torch.full((1, 1, 2), -torch.inf)
+    cache = make_cache(tensors, None)
+    assert not attention_decode(**tensors, cache=cache, gate=gate, impl=impl).any()
 
 
 def test_gate_in_float32_beside_half_precision() -> None:
@@ -164,7 +91,8 @@ def test_gate_in_float32_beside_half_precision() -> None:
 @pytest.mark.parametrize("steps", [[1] * 9, [3, 4, 2], [8, 1]])
 def test_rows_of_different_length(steps: list[int], impl: str) -> None:
     window, prompts = (4, None, 4), (0, 3, 17)
-    whole_rows = [draw(1, prompt + sum(steps), 6, 3) for prompt in prompts]
+    drawn = [draw(1, prompt + sum(steps), 6, 3) for prompt in prompts]
+    whole_rows = [{name: x.float() for name, x in tensors.items()} for tensors in drawn]
     packed = [torch.cat([x[n][:, :p] for x, p in zip(whole_rows, prompts, strict=True)], 1)
               for n in "kv"]  # fmt: skip
     tails = {
@@ -176,10 +104,10 @@ def test_rows_of_different_length(steps: list[int], impl: str) -> None:
     ends = itertools.pairwise(itertools.accumulate(steps, initial=0))
     out = torch.cat([attention_decode(**cut(tails, *e), cache=cache, impl=impl) for e in ends], 1)
     for row, (tensors, prompt) in enumerate(zip(whole_rows, prompts, strict=True)):
-        single = {name: x.float() for name, x in tensors.items()}
-        truth = whole(tensors, window, prompt, steps)["out"]
-        plain = float((whole(single, window, prompt, steps)["out"] - truth).abs().max())
-        comparison = within("out", out[row : row + 1].float(), truth, plain, F32)
+        exact = {name: x.double() for name, x in tensors.items()}
+        truth = whole(exact, window, prompt, steps)["out"]
+        plain = float((whole(tensors, window, prompt, steps)["out"] - truth).abs().max())
+        comparison = within("out", out[row : row + 1], truth, plain, F32)
         assert comparison.ok, comparison
 
 
@@ -204,30 +132,33 @@ def test_matches_the_public_function() -> None:
     assert row.ok, row
 
 
-def test_window_of_one_returns_the_value() -> None:
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_window_of_one_returns_the_value(impl: str) -> None:
     tensors = {name: x.float() for name, x in draw(2, 8, 4, 2).items()}
-    out = decode(tensors, 1, 3, [1, 4], impl="eager")["out"]
+    out = decode(tensors, 1, 3, [1, 4], impl=impl)["out"]
     assert torch.equal(out, tensors["v"][:, 3:8].repeat_interleave(2, dim=2))
 
 
-def test_strided_inputs() -> None:
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_strided_inputs(impl: str) -> None:
     tensors = {name: x.float() for name, x in draw(2, 8, 4, 2).items()}
     tensors["gate"] = torch.randn(2, 8, 4, 1).expand(2, 8, 4, 7)
     strided = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors.items()}
     strided["q"] = torch.stack([tensors["q"], tensors["q"]], dim=-1)[..., 0]
     strided["gate"] = tensors["gate"]
-    plain = decode(tensors, (3, None), 2, [1, 5], impl="eager")
-    other = decode(strided, (3, None), 2, [1, 5], impl="eager")
+    plain = decode(tensors, (3, None), 2, [1, 5], impl=impl)
+    other = decode(strided, (3, None), 2, [1, 5], impl=impl)
     assert all(torch.equal(plain[name], other[name]) for name in plain)
 
 
-def test_what_an_earlier_sequence_left_does_not_leak() -> None:
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_what_an_earlier_sequence_left_does_not_leak(impl: str) -> None:
     tensors = {name: x.float() for name, x in draw(2, 8, 4, 2).items()}
     cache = make_cache(tensors, (3, None))
     cache.append(*(torch.full_like(tensors[name], 1e30) for name in "kv"))
     cache.reset()
-    out = attention_decode(**cut(tensors, 0, 3), cache=cache)
-    assert torch.equal(out, decode(tensors, (3, None), 0, [3], impl="eager")["out"])
+    out = attention_decode(**cut(tensors, 0, 3), cache=cache, impl=impl)
+    assert torch.equal(out, decode(tensors, (3, None), 0, [3], impl=impl)["out"])
 
 
 def test_output_has_no_history() -> None:
@@ -253,20 +184,22 @@ def test_autocast() -> None:
     assert torch.equal(out, attention_decode(**tensors, cache=make_cache(tensors, None)))
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("gate", [None, (2, 3, 4), (2, 3, 4, 7)])
-def test_opcheck(gate: tuple[int, ...] | None) -> None:
+def test_opcheck(gate: tuple[int, ...] | None, impl: str) -> None:
     tensors = {name: x.float() for name, x in draw(2, 12, 4, 2).items()}
     cache = make_cache(tensors, (3, None))
     cache.append(tensors["k"][:, :5], tensors["v"][:, :5])
     new = cut(tensors, 5, 8)
     args = (new["q"], new["k"], new["v"], None if gate is None else torch.randn(gate))
     args += (cache.k, cache.v, cache.lengths, cache.capacities, 5, 0.5)
-    args += (None if gate is None else "sigmoid", "eager")
+    args += (None if gate is None else "sigmoid", impl)
     torch.library.opcheck(torch.ops.attnvariants.attention_decode.default, args)
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_compiles_without_recompiling(steps: int) -> None:
+def test_compiles_without_recompiling(steps: int, impl: str) -> None:
     tensors = {name: x.float() for name, x in draw(2, 40, 4, 2).items()}
     plain, compiled = (make_cache(tensors, (6, None)) for _ in range(2))
     for cache in (plain, compiled):
@@ -276,7 +209,7 @@ def test_compiles_without_recompiling(steps: int) -> None:
     for start in range(5, 20, steps):
         new = {name: x.contiguous() for name, x in cut(tensors, start, start + steps).items()}
         with torch._dynamo.config.patch(error_on_recompile=True):
-            actual, stats = step(**new, cache=compiled, return_stats=True)
+            actual, stats = step(**new, cache=compiled, return_stats=True, impl=impl)
         out, expected = attention_decode(**new, cache=plain, return_stats=True, impl="reference")
         exact, _ = gated_sdpa(
             new["q"].double(),
@@ -292,13 +225,14 @@ def test_compiles_without_recompiling(steps: int) -> None:
     # The host takes over: it knows no tighter bound than max_length, and asks before refusing.
     assert compiled.max_filled == compiled.max_length
     rest = cut(tensors, 20, 24)
-    assert attention_decode(**rest, cache=compiled).isfinite().all()
+    assert attention_decode(**rest, cache=compiled, impl=impl).isfinite().all()
     assert compiled.lengths.tolist() == [24, 24]
 
 
-def test_repeated_runs_are_bit_equal() -> None:
-    tensors = draw(2, 30, 4, 2)
-    first, second = (decode(tensors, (6, None), 9, [1, 8, 4], impl="eager") for _ in range(2))
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_repeated_runs_are_bit_equal(impl: str) -> None:
+    tensors = {name: x.float() for name, x in draw(2, 30, 4, 2).items()}
+    first, second = (decode(tensors, (6, None), 9, [1, 8, 4], impl=impl) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -252,7 +252,9 @@ def test_results_and_exit_code(
         2,
         problems=("spills 8 bytes per thread (2 instructions)",) if broken else (),
     )
-    case = CompileCase(Case("gated_sdpa", "K=64"), "bfloat16", lambda case, x: {}, {})
+    case = CompileCase(
+        Case("gated_sdpa", "K=64"), "bfloat16", lambda case, x: {}, {"kernel": "call"}
+    )
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(bench_compile, "compile_cases", lambda quick: [case])
     monkeypatch.setattr(bench_compile, "compile_all", lambda *_, **__: [row])
@@ -267,7 +269,7 @@ def test_results_and_exit_code(
 
 def test_nothing_to_do_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(BenchError, match="no case matches --dtypes"):
+    with pytest.raises(BenchError, match="no case matches --dtypes and"):
         bench_compile.run(_arguments("--dtypes", "float64", "--out", str(tmp_path)))
     with pytest.raises(BenchError, match="--jobs must be at least 1, got 0"):
         bench_compile.run(_arguments("--jobs", "0"))

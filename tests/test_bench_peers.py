@@ -67,6 +67,8 @@ def _definition(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         ("sdpa flash", GATED),
         ("two calls", LOCAL),
         ("two calls", GROUPED),
+        ("two calls of ours", LOCAL),
+        ("two calls of ours", GROUPED),
         ("token loop", GLA),
         ("token loop, unbind", SIMPLE),
         ("sdpa in blocks", DIAG),
@@ -83,8 +85,9 @@ def test_peers_of_the_same_function_agree_with_the_definition(name: str, case: C
     torch.testing.assert_close(found, _definition(case, tensors), rtol=1e-4, atol=1e-5)
 
 
-def test_plain_attention_is_another_function() -> None:
-    entry = peers.peer("sdpa")
+@pytest.mark.parametrize("name", ["sdpa", "mhsa flash"])
+def test_plain_attention_is_another_function(name: str) -> None:
+    entry = peers.peer(name)
     assert not entry.same
     found = entry.build(LOCAL, LOCAL.tensors(), FORWARD)()
     assert found.shape == (1, 100, 3, 16)
@@ -98,6 +101,15 @@ def test_packages_that_are_absent_say_how_to_get_them(
     with pytest.raises(Missing, match=r"^not installed: ") as caught:
         peers.peer(name).build(case, case.tensors(), FORWARD)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [("sdpa cudnn, compiled", GATED), ("sdpa flash, compiled", GATED), ("mhsa cudnn", LOCAL)],
+)
+def test_back_ends_without_their_device_say_so(name: str, case: Case) -> None:
+    with pytest.raises(Missing, match=r"takes cuda tensors, got cpu|needs g\+\+"):
+        peers.peer(name).build(case, case.tensors(), FORWARD)
 
 
 def test_a_package_that_cannot_be_imported_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,8 +72,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[Candidate | None]:
     return asked
 
 
-def _prune(*cases: CompileCase) -> dict[Candidate, Result]:
-    found = pruning.prune("k", cases, [90], SPACE, make_console())
+def _prune(*cases: CompileCase, **space: tuple[int, ...]) -> dict[Candidate, Result]:
+    found = pruning.prune("k", cases, [90], SPACE | space, make_console())
     return {result.candidate: result for result in found}
 
 
@@ -94,6 +94,10 @@ def test_what_cannot_work_is_pruned(compiler: list[Candidate | None]) -> None:
     assert compiler.count(None) == 1
 
 
+def test_the_table_may_be_all_there_is(compiler: list[Candidate | None]) -> None:
+    assert list(_prune(_case(), BT=(64,), stages=(2,))) == [TABLE]
+
+
 def test_a_candidate_has_to_work_in_every_case(compiler: list[Candidate | None]) -> None:
     found = _prune(_case(), _case("K=128"))
     assert [one for one, result in found.items() if not result.problem] == [Candidate(64, 32, 4, 1)]
@@ -111,6 +115,16 @@ def test_more_stages_are_not_tried_when_fewer_take_too_much(
         "as with fewer stages",
     ]
     assert Candidate(64, 32, 4, 3) not in compiler
+
+
+def test_a_launcher_that_ignores_a_candidate_is_noticed(
+    compiler: list[Candidate | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = Compiled("k_kernel", 90, {"BT": 64, "BS": 32}, 4, 2, 0.0)
+    monkeypatch.setattr(pruning, "launches", lambda case, arch: [fixed])
+    found = _prune(_case())
+    assert [one for one, result in found.items() if not result.problem] == [TABLE]
+    assert found[Candidate(64, 32, 4, 1)].problem == f"the launcher makes it {TABLE} [K=64]"
 
 
 def test_unknown_kernels_are_named() -> None:
@@ -188,6 +202,17 @@ def test_a_wrong_candidate_is_out_and_the_others_are_ranked(
     assert "2 of 4 candidates are left, 1 give another result, 1 fail" in text
     lines = [line for line in text.splitlines() if line.strip().startswith("Config(")]
     assert [line.split(")")[0].strip() + ")" for line in lines] == [str(fast), str(TABLE)]
+
+
+def test_a_shared_entry_has_to_be_left_on_every_chip() -> None:
+    one, other = Candidate(64, 32, 4, 1), Candidate(32, 32, 4, 1)
+    results = [
+        Result(80, one),
+        Result(80, other),
+        Result(90, one, problem="spills"),
+        Result(90, other),
+    ]
+    assert tune.everywhere(results) == [other]
 
 
 def test_differences_see_infinities() -> None:

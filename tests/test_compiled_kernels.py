@@ -20,6 +20,22 @@ from bench.strict_json import read_json
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def test_quick_cases_reach_every_entry_of_the_tables() -> None:
+    from attnvariants.kernels import _configs
+
+    kinds = {_configs._kind(arch) for arch in ARCHS} | {"float32"}
+    for kernel, table in _configs._TABLES.items():
+        assert set(table) == kinds
+        for kind, entries in table.items():
+            dtype = "float32" if kind == "float32" else "bfloat16"
+            reached = {
+                min(dim for dim in entries if dim >= max(case.case.key_dim, case.case.values))
+                for case in compile_cases(quick=True)
+                if kernel in case.kernels and case.dtype == dtype
+            }
+            assert reached == set(entries), (kernel, kind)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_kernel_breaks_a_rule(arch: int, tmp_path: Path) -> None:
     triton = pytest.importorskip("triton")

@@ -2,105 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from linear_decode_checks import F32, assert_decodes, cut, decode, draw, log_decay
 from torch import Tensor
 
 from attnvariants import RecurrentState, linear_attention_decode
-from attnvariants._checks import state_dtype
-from attnvariants._verify import exact_and_error, round_to, within
-from attnvariants.reference.gated_linear_attention import gated_linear_attention
-from attnvariants.reference.linear_attention_decode import linear_attention_decode as definition
-from attnvariants.reference.norm_linear_attention import norm_linear_attention
+from attnvariants._verify import within
 
-IMPLEMENTATIONS = ("eager", "reference")
-F32 = torch.float32
-PER_TOKEN = ("q", "k", "v", "gate")  # and g where it has a time axis
-
-
-def draw(batch: int, length: int, heads: int = 3, key_dim: int = 5, value_dim: int = 7) -> dict:
-    return {
-        "q": torch.randn(batch, length, heads, key_dim, dtype=torch.float64),
-        "k": torch.randn(batch, length, heads, key_dim, dtype=torch.float64),
-        "v": torch.randn(batch, length, heads, value_dim, dtype=torch.float64),
-    }
-
-
-def log_decay(shape: tuple[int, ...]) -> Tensor:
-    return -2 * torch.rand(shape, dtype=torch.float64) ** 3
-
-
-def cut(tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    return {
-        name: x[:, start:stop] if name in PER_TOKEN or (name == "g" and x.dim() > 1) else x
-        for name, x in tensors.items()
-    }
-
-
-def decode(
-    tensors: Mapping[str, Tensor],
-    steps: Sequence[int],
-    call: Callable[..., Tensor] = linear_attention_decode,
-    **options: Any,
-) -> dict[str, Tensor]:
-    """Steps from ``initial_state``, or from an empty state."""
-    inputs = dict(tensors)
-    initial, g = inputs.pop("initial_state", None), inputs.get("g")
-    batch, _, heads, key_dim = inputs["q"].shape
-    dtype = state_dtype(inputs["v"].dtype)
-    state = RecurrentState(batch, heads, key_dim, inputs["v"].shape[-1], dtype=dtype)
-    if initial is not None:
-        state.state.copy_(initial)
-    address, outputs = state.state.data_ptr(), []
-    for ends in itertools.pairwise(itertools.accumulate(steps, initial=0)):
-        step = cut(inputs, *ends) if g is not None else {**cut(inputs, *ends), "g": None}
-        outputs.append(call(**step, state=state, **options))
-    assert state.state.data_ptr() == address
-    assert state.lengths.tolist() == [sum(steps)] * batch
-    assert state.max_filled == sum(steps)
-    return {"out": torch.cat(outputs, dim=1), "state": state.state}
-
-
-def whole(tensors: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """The whole sequence in float64: with a feature map by the masked left product."""
-    inputs = {name: x.double() for name, x in tensors.items()}
-    g = inputs.pop("g", None)
-    if "feature_map" in options:
-        result = norm_linear_attention(**inputs, decay=g, return_state=True, **options)
-    else:
-        result = gated_linear_attention(**inputs, g=g, return_state=True, **options)
-    return dict(zip(("out", "state"), result, strict=True))
-
-
-def assert_decodes(
-    tensors: Mapping[str, Tensor],
-    steps: Sequence[int],
-    dtype: torch.dtype = F32,
-    *,
-    impl: str = "eager",
-    **options: Any,
-) -> None:
-    """Steps against the whole sequence, within twice the error of the plain recurrence."""
-    working = {name: round_to(name, tensor, dtype) for name, tensor in tensors.items()}
-    truth = whole(working, **options)
-    if "feature_map" in options:
-        options["scale"] = 1.0
-    actual = decode(working, steps, impl=impl, **options)
-    _, errors = exact_and_error(
-        lambda inputs, _: decode(inputs, steps, definition, upcast=False, **options),
-        working,
-        dtype,
-    )
-    assert actual["out"].dtype == dtype
-    assert actual["state"].dtype == state_dtype(dtype)
-    rows = [within(name, actual[name], truth[name], errors[name], dtype) for name in truth]
-    assert all(row.ok for row in rows), rows
+IMPLEMENTATIONS = ("eager", "reference", "triton")
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -120,6 +34,8 @@ def test_decays(kind: str, steps: list[int], impl: str) -> None:
 def test_precisions_and_epilogue(
     norm: str, weight: tuple[int, ...], dtype: torch.dtype, impl: str
 ) -> None:
+    if impl == "triton" and dtype == torch.float64:
+        pytest.skip("kernels take no float64")
     tensors = draw(2, 20, key_dim=24, value_dim=40) | {"g": log_decay((2, 20, 3, 24))}
     tensors["gate"] = torch.randn(2, 20, 3, 40, dtype=torch.float64)
     tensors["norm_weight"] = torch.randn(weight, dtype=torch.float64)
@@ -212,13 +128,14 @@ def test_state_that_requires_grad_is_updated_without_history() -> None:
         assert state.grad_fn is None
 
 
-def test_strided_inputs() -> None:
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_strided_inputs(impl: str) -> None:
     tensors = {name: x.float() for name, x in draw(2, 4).items()}
     tensors["gate"] = torch.randn(2, 4, 3, 1).expand(2, 4, 3, 7)
     strided = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors.items()}
     strided["gate"] = tensors["gate"]
-    plain = decode(tensors, [1, 3], norm="model")
-    other = decode(strided, [1, 3], norm="model")
+    plain = decode(tensors, [1, 3], norm="model", impl=impl)
+    other = decode(strided, [1, 3], norm="model", impl=impl)
     assert all(torch.equal(plain[name], other[name]) for name in plain)
 
 
@@ -233,17 +150,19 @@ def test_autocast_keeps_decay_and_state() -> None:
     assert torch.equal(*states)
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("full", [True, False])
-def test_opcheck(full: bool) -> None:
+def test_opcheck(full: bool, impl: str) -> None:
     tensors = {name: x.float() for name, x in draw(2, 2).items()}
     args: tuple[Any, ...] = (*tensors.values(), log_decay((3,)).float() if full else None)
     args += (torch.randn(2, 3, 5, 7), torch.ones(2, dtype=torch.int32) if full else None)
     args += (torch.randn(3, 7), torch.randn(2, 2, 3)) if full else (None, None)
-    args += ("elu+1" if full else None, 0.5, "model" if full else None, 1e-6, "silu", "eager")
+    args += ("elu+1" if full else None, 0.5, "model" if full else None, 1e-6, "silu", impl)
     torch.library.opcheck(torch.ops.attnvariants.linear_attention_decode.default, args)
 
 
-def test_compiles_without_recompiling() -> None:
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_compiles_without_recompiling(impl: str) -> None:
     tensors = {name: x.float() for name, x in draw(2, 8).items()} | {"g": log_decay((3,)).float()}
     plain, compiled = RecurrentState(2, 3, 5, 7), RecurrentState(2, 3, 5, 7)
     torch._dynamo.reset()
@@ -251,8 +170,9 @@ def test_compiles_without_recompiling() -> None:
     for t in range(8):
         new = {n: x.contiguous() for n, x in cut(tensors, t, t + 1).items()}
         with torch._dynamo.config.patch(error_on_recompile=True):
-            out = step(**new, state=compiled, norm="model")
-        assert torch.equal(out, linear_attention_decode(**new, state=plain, norm="model"))
+            out = step(**new, state=compiled, norm="model", impl=impl)
+        expected = linear_attention_decode(**new, state=plain, norm="model", impl=impl)
+        assert torch.equal(out, expected)
         assert torch.equal(compiled.state, plain.state)
         assert torch.equal(compiled.lengths, plain.lengths)
 

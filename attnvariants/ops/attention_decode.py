@@ -16,7 +16,10 @@ from attnvariants.ops.softmax import GATE_ACTIVATIONS
 
 MAX_STEPS = 8
 
-_ENGINES = {"eager": "attnvariants.eager.softmax_decode"}
+_ENGINES = {
+    "eager": "attnvariants.eager.softmax_decode",
+    "triton": "attnvariants.kernels.softmax_decode",
+}
 
 
 def attention_decode(

@@ -13,7 +13,10 @@ from attnvariants.ops._library import call_reference, register
 from attnvariants.ops.linear import check_options
 from attnvariants.recurrent_state import RecurrentState
 
-_ENGINES = {"eager": "attnvariants.eager.linear_decode"}
+_ENGINES = {
+    "eager": "attnvariants.eager.linear_decode",
+    "triton": "attnvariants.kernels.linear_decode",
+}
 
 
 def linear_attention_decode(
