@@ -154,12 +154,13 @@ def expm1(x):
 
 
 @triton.jit
-def age(b_s, b_total, dtype: tl.constexpr):
-    """``exp(total) * S`` with the factor in two parts, for ``total`` that broadcasts to S.
+def age(b_s, b_write, b_total, dtype: tl.constexpr):
+    """``exp(total) * S + write`` with the factor in two parts, for ``total`` that broadcasts to S.
 
-    One float32 close to 1 would be rounded the same way in every chunk of a constant decay.
+    One float32 close to 1 would be rounded the same way in every chunk of a constant decay. What it
+    leaves out is added to what is written, where it is not lost at once.
     """
     b_near = expm1(tl.maximum(b_total, -1.0))
     b_factor = tl.where(b_total > -0.25, 1.0 + b_near, decay(b_total, dtype))
     b_rest = tl.where(b_total > -0.25, b_near - (b_factor - 1.0), 0.0)
-    return b_factor * b_s + b_rest * b_s
+    return b_factor * b_s + (b_rest * b_s + b_write)

@@ -98,10 +98,12 @@ def replay(
         for i in tl.static_range(NV):
             p_v = locate(v, i_b, i_h, i_t)
             b_v = load_slice(p_v, v, rows, live, i * dims.BV, dims.V, dims.BV)
-            b_new = b_s[i]
+            b_new = product(tl.trans(b_v), b_k, k)
             if kind.DECAY is not None:
-                b_new = age(b_new, tl.sum(b_g, 0)[None, :], dtype)
-            found = found + (b_new + product(tl.trans(b_v), b_k, k),)
+                b_new = age(b_s[i], b_new, tl.sum(b_g, 0)[None, :], dtype)
+            else:
+                b_new += b_s[i]
+            found = found + (b_new,)
         b_s = found
     return b_s
 
@@ -242,13 +244,11 @@ def linear_backward_qk_kernel(
         b_r = load_row_scale(rstd, scale, i_b, i_h, t, rows, live)
         b_q = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, BK, kind.FEATURE_MAP) * b_r
         b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, BK, kind.FEATURE_MAP)
-        b_qd = b_q
         if kind.DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, kind.DECAY)
             b_before = decay(tl.cumsum(b_g, 0), dtype)
             b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, i_k, dims.K, BK, kind.DECAY)
             b_total = tl.sum(b_g, 0)[None, :]
-            b_qd = b_q * b_before
             b_dq = b_dq * b_before
             b_dk = b_dk * decay(b_after, dtype)
             if WITH_DG:
@@ -288,14 +288,24 @@ def linear_backward_qk_kernel(
                 b_dq += product(tl.where(rows[:, None] >= rows[None, :], b_da, 0.0), b_k, q)
                 b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)
                 b_dk += product(tl.where(rows[:, None] <= rows[None, :], b_da, 0.0), b_q, q)
+            # Late queries have decayed most; sums that begin with them round least.
+            back = BT - 1 - rows
+            live_back = t + back < end
+            b_qd = load_features(q, i_b, i_h, t, back, live_back, i_k, dims.K, BK, kind.FEATURE_MAP)
+            b_qd = b_qd * load_row_scale(rstd, scale, i_b, i_h, t, back, live_back)
+            if kind.DECAY is not None:
+                b_g = load_log_decay(g, i_b, i_h, t, back, live_back, i_k, dims.K, BK, kind.DECAY)
+                b_qd = b_qd * decay(tl.cumsum(b_g, 0, reverse=True), dtype)
             found = ()
             for i in tl.static_range(NV):
                 p_do = locate(do, i_b, i_h, t)
-                b_do = load_slice(p_do, do, rows, live, i * dims.BV, dims.V, dims.BV)
-                b_new = b_ds[i]
+                b_do = load_slice(p_do, do, back, live_back, i * dims.BV, dims.V, dims.BV)
+                b_new = product(tl.trans(b_do), b_qd, q)
                 if kind.DECAY is not None:
-                    b_new = age(b_new, b_total, dtype)
-                found = found + (b_new + product(tl.trans(b_do), b_qd, q),)
+                    b_new = age(b_ds[i], b_new, b_total, dtype)
+                else:
+                    b_new += b_ds[i]
+                found = found + (b_new,)
             b_ds = found
         b_dq = b_dq * b_r
         if kind.FEATURE_MAP is not None:
@@ -360,14 +370,19 @@ def linear_backward_v_kernel(
         if kind.CAUSAL:
             b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i_v, dims.V, dims.BV)
             b_dv += product(b_at, b_do, q)
-            b_q = load_features(q, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
-            b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, rows, live)
+            # Late queries have decayed most; sums that begin with them round least.
+            back = BT - 1 - rows
+            live = t + back < end
+            b_do = load_slice(locate(do, i_b, i_h, t), do, back, live, i_v, dims.V, dims.BV)
+            b_q = load_features(q, i_b, i_h, t, back, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
+            b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, back, live)
             if kind.DECAY is not None:
-                b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.DECAY)
-                b_q = b_q * decay(tl.cumsum(b_g, 0), dtype)
-                b_ds = age(b_ds, tl.sum(b_g, 0)[:, None], dtype)
-            b_ds += product(tl.trans(b_q), b_do, q)
-        store_slice(locate(dv, i_b, i_h, t), dv, rows, live, b_dv, i_v, dims.V, dims.BV)
+                b_g = load_log_decay(g, i_b, i_h, t, back, live, 0, dims.K, dims.BK, kind.DECAY)
+                b_q = b_q * decay(tl.cumsum(b_g, 0, reverse=True), dtype)
+                b_ds = age(b_ds, product(tl.trans(b_q), b_do, q), tl.sum(b_g, 0)[:, None], dtype)
+            else:
+                b_ds += product(tl.trans(b_q), b_do, q)
+        store_slice(locate(dv, i_b, i_h, t), dv, rows, t + rows < end, b_dv, i_v, dims.V, dims.BV)
     if dstart is not None:
         p_s, mask = locate_state(dstart, walk, i_s, i_h, 0, dims, 0, i_v, False)
         tl.store(p_s, b_ds, mask=mask)

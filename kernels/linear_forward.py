@@ -129,9 +129,11 @@ def linear_forward_kernel(
                 )
                 b_k = b_k * decay(b_after, dtype)
             b_o += product(b_q, b_s, q)
+            b_write = product(tl.trans(b_k), b_v, q)
             if kind.DECAY is not None:
-                b_s = age(b_s, tl.sum(b_g, 0)[:, None], dtype)
-            b_s += product(tl.trans(b_k), b_v, q)
+                b_s = age(b_s, b_write, tl.sum(b_g, 0)[:, None], dtype)
+            else:
+                b_s += b_write
         else:
             b_q = load_features(q, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
             b_o = product(b_q, b_s, q)

@@ -76,6 +76,8 @@ def linear_states_kernel(
                 p_m, mask = locate_state(marks, walk, i_m, i_h, t, dims, i_k, i_v, False)
                 tl.store(p_m, b_s, mask=mask)
         rows = fresh_rows(t, walk, BT)
+        if BACKWARD:  # late queries have decayed most; sums that begin with them round least
+            rows = BT - 1 - rows
         live = t + rows < end
         b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
         if BACKWARD:
@@ -84,16 +86,17 @@ def linear_states_kernel(
         if kind.DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, kind.DECAY)
             if BACKWARD:
-                b_decay = tl.cumsum(b_g, 0)
+                b_decay = tl.cumsum(b_g, 0, reverse=True)
             else:
                 b_decay = load_sum_until_end(
                     g, i_b, i_h, t, rows, end, i_k, dims.K, dims.BK, kind.DECAY
                 )
             b_k = b_k * decay(b_decay, dtype)
             b_total = tl.sum(b_g, 0)
-            b_s = age(b_s, b_total[:, None], dtype)
+            b_s = age(b_s, product(tl.trans(b_k), b_v, k), b_total[:, None], dtype)
             b_sum += b_total
-        b_s += product(tl.trans(b_k), b_v, k)
+        else:
+            b_s += product(tl.trans(b_k), b_v, k)
 
     # Slots behind a sequence's last segment are nobody's.
     if (place == 0) | (begin < last):
@@ -149,10 +152,11 @@ def linear_scan_kernel(
         row = tl.cast(i_s, tl.int64) * heads + i_h
         if DECAY == "channel":
             b_total = tl.load(total + row * dims.K + cols, mask=cols < dims.K, other=0.0)
-            b_s = age(b_s, b_total[:, None], tl.float32)
+            b_s = age(b_s, b_own, b_total[:, None], tl.float32)
         elif DECAY == "token":
-            b_s = age(b_s, tl.load(total + row), tl.float32)
-        b_s += b_own
+            b_s = age(b_s, b_own, tl.load(total + row), tl.float32)
+        else:
+            b_s += b_own
     if finish is not None:
         p_f, mask = locate_state(finish, walk, i_n, i_h, 0, dims, i_k, i_v, False)
         tl.store(p_f, b_s, mask=mask)
