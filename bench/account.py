@@ -106,8 +106,8 @@ class _Sizes:
         self.key_slices = -(-self.dims.K // self.dims.BK)
         self.value_slices = -(-self.dims.V // self.dims.BV)
         self.item = like.element_size()
-        g = given.get("g")
-        width = 0 if g is None else 1 if g.dim is None else self.dims.K
+        g, decay = given.get("g"), given["kind"].DECAY
+        width = {None: 0, "token": 1, "channel": self.dims.K}[decay]
         self.decay = self.rows * width * (0 if g is None else g.ptr.element_size())
         self.keys = self.rows * self.dims.K * self.item
         self.values = self.rows * self.dims.V * self.item

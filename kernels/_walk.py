@@ -166,10 +166,10 @@ def load_features(
 
 
 @triton.jit
-def load_row_scale(rstd, scale, i_b, i_h, t, rows, live):
+def load_row_scale(rstd, scale, i_b, i_h, t, rows, live, NORMED: tl.constexpr):
     """What multiplies the queries ``[BT, 1]``: ``scale * r``, or ``scale`` without a norm."""
     BT: tl.constexpr = live.shape[0]
-    if rstd is None:
+    if not NORMED:
         b_r = tl.full([BT, 1], 1.0, tl.float32) * scale
     else:
         p_r = locate(rstd, i_b, i_h, t) + rows * rstd.time

@@ -6,7 +6,7 @@ import torch
 import triton
 from attnvariants.kernels._launch import launch
 from attnvariants.kernels._linear_configs import STRIDE, Tiles, segment_length, tiles
-from attnvariants.kernels._tiles import Strided, odd, strided
+from attnvariants.kernels._tiles import Strided, odd
 from attnvariants.kernels._walk import Dims, Walk
 from attnvariants.kernels.linear_backward import (
     QueryKeyGradients,
@@ -14,7 +14,6 @@ from attnvariants.kernels.linear_backward import (
     linear_backward_v_kernel,
 )
 from attnvariants.kernels.linear_epilogue import (
-    Epilogue,
     Norm,
     Outputs,
     linear_cotangent_kernel,
@@ -61,14 +60,14 @@ def forward(
     squares = None
     if deferred:
         squares = v.new_empty(batch, length, heads, slices, dtype=torch.float32)
-    outputs = Outputs(strided(out), strided(y) if scaled else None, _by_head(rstd, norm), squares)
-    epilogue = _epilogue(v, norm_weight, gate, eps)
-    options = Norm(norm, deferred, None if gate is None else gate_activation)
+    outputs = Outputs(_strided(out), _strided(y) if scaled else None, _by_head(rstd, norm), squares)
+    epilogue = _epilogue(v, norm_weight, gate)
+    options = _norm(norm, deferred, norm_weight, gate, gate_activation)
     launch(
         linear_forward_kernel,
         walk.segments(batch) * heads * slices,
         *call.inputs,
-        *(start, finish, epilogue, outputs, walk, scale),
+        *(start, finish, *epilogue, outputs, walk, scale, eps),
         *(config.dims(call.dims), call.kind, options),
         like=q,
         config=config,
@@ -78,7 +77,7 @@ def forward(
         launch(
             linear_norm_kernel,
             triton.cdiv(length, rows.BT) * batch * heads * slices,
-            *(epilogue, outputs, odd(length), odd(heads)),
+            *(*epilogue, outputs, eps, odd(length), odd(heads)),
             *(rows._replace(BV=config.BV).dims(call.dims), options),
             like=q,
             config=rows,
@@ -110,8 +109,8 @@ def backward(
     """The results of the operator ``linear_backward``."""
     call = _Call(q, k, v, g, cu_seqlens, feature_map, causal)
     dout = v.new_zeros(()).expand(v.shape) if dout is None else dout
-    epilogue = _epilogue(v, norm_weight, gate, eps)
-    options = Norm(norm, False, None if gate is None else gate_activation)
+    epilogue = _epilogue(v, norm_weight, gate)
+    options = _norm(norm, False, norm_weight, gate, gate_activation)
     do, dweight, dgate = dout, q.new_empty(0), q.new_empty(0)
     if y is not None:
         do, dweight, dgate = call.cotangent(dout, y, norm_weight, gate, epilogue, options)
@@ -133,8 +132,8 @@ def backward(
     launch(
         linear_backward_qk_kernel,
         programs * key_slices,
-        *(*call.inputs, strided(do), row_scale[0], marks, ends),
-        QueryKeyGradients(strided(dq), strided(dk), None if dg is None else strided(dg)),
+        *(*call.inputs, _strided(do), row_scale[0], marks, ends),
+        QueryKeyGradients(_strided(dq), _strided(dk), None if dg is None else _strided(dg)),
         *(walk, marked, scale, by_keys.dims(call.dims), call.kind),
         like=q,
         config=by_keys,
@@ -144,7 +143,7 @@ def backward(
     launch(
         linear_backward_v_kernel,
         programs * value_slices,
-        *(queries, keys, decay, strided(do), row_scale[0], ends, strided(dv)),
+        *(queries, keys, decay, _strided(do), row_scale[0], ends, _strided(dv)),
         finish if causal and walk.whole else None,
         *(walk, scale, by_values.dims(call.dims), call.kind),
         like=q,
@@ -178,8 +177,8 @@ class _Call:
             g = g.expand(q.shape[:3])
         decay = None if g is None else "channel" if g.dim() == 4 else "token"
         self.kind = Kind(decay, feature_map, causal)
-        self.g = None if g is None else strided(g)
-        self.inputs = (strided(q), strided(k), strided(v), self.g)
+        self.g = None if g is None else _strided(g)
+        self.inputs = (_strided(q), _strided(k), _strided(v), self.g)
         self.dims = Dims(q.shape[3], self.value_dim, 0, 0, 0, 0)
 
     def tiles(self, kernel: str) -> Tiles:
@@ -262,7 +261,7 @@ class _Call:
         launch(
             linear_states_kernel,
             walk.segments(self.q.shape[0]) * self.state_tiles(),
-            *(strided(k), strided(v), self.g, rstd, start, finish, marks, total),
+            *(_strided(k), _strided(v), self.g, rstd, start, finish, marks, total),
             *(walk, marked or walk, scale, config.dims(self.dims), self.kind),
             row_scale is not None,
             like=self.q,
@@ -294,7 +293,7 @@ class _Call:
         y: Tensor,
         norm_weight: Tensor | None,
         gate: Tensor | None,
-        epilogue: Epilogue,
+        epilogue: tuple[Strided | None, Strided | None],
         options: Norm,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The cotangent behind the norm, and the gradients of weight and gate."""
@@ -309,8 +308,8 @@ class _Call:
         launch(
             linear_cotangent_kernel,
             batch * tiles * (1 if options.KIND == "model" else heads),
-            *(strided(dout), strided(y), epilogue, strided(do)),
-            *(None if dgate is None else strided(dgate), parts, odd(length), odd(heads)),
+            *(_strided(dout), _strided(y), *epilogue, _strided(do)),
+            *(None if dgate is None else _strided(dgate), parts, odd(length), odd(heads)),
             *(config.dims(self.dims), options),
             like=y,
             config=config,
@@ -322,18 +321,32 @@ class _Call:
         return do, dweight, y.new_empty(0) if dgate is None else dgate
 
 
-def _epilogue(v: Tensor, norm_weight: Tensor | None, gate: Tensor | None, eps: float) -> Epilogue:
-    weight = _weight(norm_weight, *v.shape[2:])
-    return Epilogue(None if gate is None else strided(gate), weight, eps)
+def _strided(x: Tensor) -> Strided:
+    """``[B, T, H, D]`` or ``[B, T, H]``; Triton 3.6 does not hand on tuples with ``None``."""
+    return Strided(x, *x.stride(), *(0,) * (4 - x.dim()))
+
+
+def _norm(
+    norm: str | None, deferred: bool, weight: Tensor | None, gate: Tensor | None, act: str | None
+) -> Norm:
+    kind = None if gate is None else "headwise" if gate.dim() == 3 else "elementwise"
+    return Norm(norm, deferred, None if gate is None else act, kind, weight is not None)
+
+
+def _epilogue(
+    v: Tensor, norm_weight: Tensor | None, gate: Tensor | None
+) -> tuple[Strided | None, Strided | None]:
+    """Gate and weight."""
+    return None if gate is None else _strided(gate), _weight(norm_weight, *v.shape[2:])
 
 
 def _by_head(rstd: Tensor, norm: str | None) -> Strided | None:
     """``[B, T]`` or ``[B, T, H]`` as ``[B, T, H]``."""
     if norm is None:
         return None
-    return Strided(rstd, *rstd.stride(), 0, None) if norm == "model" else strided(rstd)
+    return Strided(rstd, *rstd.stride(), 0, 0) if norm == "model" else _strided(rstd)
 
 
 def _weight(norm_weight: Tensor | None, heads: int, value_dim: int) -> Strided | None:
     """``[V]`` or ``[H, V]`` as ``[1, 1, H, V]``."""
-    return None if norm_weight is None else strided(norm_weight.expand(1, 1, heads, value_dim))
+    return None if norm_weight is None else _strided(norm_weight.expand(1, 1, heads, value_dim))

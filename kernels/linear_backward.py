@@ -84,14 +84,16 @@ def replay(
     """The state at token ``t`` from the one at ``begin``, over whole chunks; tuples of slices."""
     BT: tl.constexpr = dims.BT
     dtype: tl.constexpr = k.ptr.dtype.element_ty
+    DECAY: tl.constexpr = kind.DECAY
+    MAP: tl.constexpr = kind.FEATURE_MAP
     for i_t in tl.range(begin, t, BT):
         rows = fresh_rows(i_t, walk, BT)
         live = rows < BT
-        b_k = load_features(k, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
-        if kind.DECAY is not None:
-            b_g = load_log_decay(g, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, kind.DECAY)
+        b_k = load_features(k, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, MAP)
+        if DECAY is not None:
+            b_g = load_log_decay(g, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, DECAY)
             b_after = load_sum_until_end(
-                g, i_b, i_h, i_t, rows, i_t + BT, i_k, dims.K, dims.BK, kind.DECAY
+                g, i_b, i_h, i_t, rows, i_t + BT, i_k, dims.K, dims.BK, DECAY
             )
             b_k = b_k * decay(b_after, dtype)
         found = ()
@@ -99,7 +101,7 @@ def replay(
             p_v = locate(v, i_b, i_h, i_t)
             b_v = load_slice(p_v, v, rows, live, i * dims.BV, dims.V, dims.BV)
             b_new = product(tl.trans(b_v), b_k, k)
-            if kind.DECAY is not None:
+            if DECAY is not None:
                 b_new = age(b_s[i], b_new, tl.sum(b_g, 0)[None, :], dtype)
             else:
                 b_new += b_s[i]
@@ -206,6 +208,9 @@ def linear_backward_qk_kernel(
     NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
     WITH_DG: tl.constexpr = grads.dg is not None
     dtype: tl.constexpr = q.ptr.dtype.element_ty
+    DECAY: tl.constexpr = kind.DECAY
+    MAP: tl.constexpr = kind.FEATURE_MAP
+    NORMED: tl.constexpr = rstd is not None
     i_program = tl.program_id(0)
     i_slice = i_program % NK
     i_k = i_slice * BK
@@ -241,28 +246,28 @@ def linear_backward_qk_kernel(
             b_dq += product(b_do, b_s[i], q)
             b_dk += product(b_v, b_ds[i], q)
             b_through += tl.sum(b_s[i] * b_ds[i], 0)
-        b_r = load_row_scale(rstd, scale, i_b, i_h, t, rows, live)
-        b_q = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, BK, kind.FEATURE_MAP) * b_r
-        b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, BK, kind.FEATURE_MAP)
-        if kind.DECAY is not None:
-            b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, kind.DECAY)
+        b_r = load_row_scale(rstd, scale, i_b, i_h, t, rows, live, NORMED)
+        b_q = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, BK, MAP) * b_r
+        b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, BK, MAP)
+        if DECAY is not None:
+            b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, DECAY)
             b_before = decay(tl.cumsum(b_g, 0), dtype)
-            b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, i_k, dims.K, BK, kind.DECAY)
+            b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, i_k, dims.K, BK, DECAY)
             b_total = tl.sum(b_g, 0)[None, :]
             b_dq = b_dq * b_before
             b_dk = b_dk * decay(b_after, dtype)
             if WITH_DG:
-                b_dg = sum_crossing(b_q * b_dq, rows, q, True, kind.DECAY)
-                b_dg += sum_crossing(b_k * b_dk, rows, q, False, kind.DECAY)
+                b_dg = sum_crossing(b_q * b_dq, rows, q, True, DECAY)
+                b_dg += sum_crossing(b_k * b_dk, rows, q, False, DECAY)
                 b_through = b_through[None, :]
-                if kind.DECAY == "token":
+                if DECAY == "token":
                     b_through = tl.sum(b_through, 1)[:, None]
                 b_dg += decay(b_total, dtype) * b_through
             else:
                 b_dg = b_dq
         if kind.CAUSAL:
             b_da = pair_cotangents(do, v, i_b, i_h, t, rows, live, dims, q, NV)  # queries first
-            if kind.DECAY == "channel":
+            if DECAY == "channel":
                 b_own = tl.sum(tl.where(rows[:, None] == rows[None, :], b_da, 0.0), 1)[:, None]
                 b_dq += b_own * b_k
                 b_dk += b_own * b_q
@@ -273,7 +278,7 @@ def linear_backward_qk_kernel(
                 b_dk, b_dg = add_channel_gradient(
                     b_dk, b_dg, b_k, b_q, b_g, b_da, walk, q, False, WITH_DG
                 )
-            elif kind.DECAY == "token":
+            elif DECAY == "token":
                 b_d = token_decay(b_g, rows, dtype, False)
                 if WITH_DG:
                     b_flow = product(b_q, tl.trans(b_k), q) * b_d * b_da
@@ -291,35 +296,35 @@ def linear_backward_qk_kernel(
             # Late queries have decayed most; sums that begin with them round least.
             back = BT - 1 - rows
             live_back = t + back < end
-            b_qd = load_features(q, i_b, i_h, t, back, live_back, i_k, dims.K, BK, kind.FEATURE_MAP)
-            b_qd = b_qd * load_row_scale(rstd, scale, i_b, i_h, t, back, live_back)
-            if kind.DECAY is not None:
-                b_g = load_log_decay(g, i_b, i_h, t, back, live_back, i_k, dims.K, BK, kind.DECAY)
+            b_qd = load_features(q, i_b, i_h, t, back, live_back, i_k, dims.K, BK, MAP)
+            b_qd = b_qd * load_row_scale(rstd, scale, i_b, i_h, t, back, live_back, NORMED)
+            if DECAY is not None:
+                b_g = load_log_decay(g, i_b, i_h, t, back, live_back, i_k, dims.K, BK, DECAY)
                 b_qd = b_qd * decay(tl.cumsum(b_g, 0, reverse=True), dtype)
             found = ()
             for i in tl.static_range(NV):
                 p_do = locate(do, i_b, i_h, t)
                 b_do = load_slice(p_do, do, back, live_back, i * dims.BV, dims.V, dims.BV)
                 b_new = product(tl.trans(b_do), b_qd, q)
-                if kind.DECAY is not None:
+                if DECAY is not None:
                     b_new = age(b_ds[i], b_new, b_total, dtype)
                 else:
                     b_new += b_ds[i]
                 found = found + (b_new,)
             b_ds = found
         b_dq = b_dq * b_r
-        if kind.FEATURE_MAP is not None:
+        if MAP is not None:
             b_x = load_slice(locate(q, i_b, i_h, t), q, rows, live, i_k, dims.K, BK)
-            b_dq = b_dq * map_gradient(b_x.to(tl.float32), kind.FEATURE_MAP)
+            b_dq = b_dq * map_gradient(b_x.to(tl.float32), MAP)
             b_x = load_slice(locate(k, i_b, i_h, t), k, rows, live, i_k, dims.K, BK)
-            b_dk = b_dk * map_gradient(b_x.to(tl.float32), kind.FEATURE_MAP)
+            b_dk = b_dk * map_gradient(b_x.to(tl.float32), MAP)
         dq = grads.dq
         dk = grads.dk
         dg = grads.dg
         store_slice(locate(dq, i_b, i_h, t), dq, rows, live, b_dq, i_k, dims.K, BK)
         store_slice(locate(dk, i_b, i_h, t), dk, rows, live, b_dk, i_k, dims.K, BK)
         if dg is not None:
-            if kind.DECAY == "channel":
+            if DECAY == "channel":
                 store_slice(locate(dg, i_b, i_h, t), dg, rows, live, b_dg, i_k, dims.K, BK)
             else:  # a batch entry of its own for every slice
                 p_dg = locate(dg, i_b * NK + i_slice, i_h, t) + rows[:, None] * dg.time
@@ -344,6 +349,9 @@ def linear_backward_v_kernel(
     BT: tl.constexpr = dims.BT
     NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
     dtype: tl.constexpr = q.ptr.dtype.element_ty
+    DECAY: tl.constexpr = kind.DECAY
+    MAP: tl.constexpr = kind.FEATURE_MAP
+    NORMED: tl.constexpr = rstd is not None
     i_program = tl.program_id(0)
     i_v = i_program % NV * dims.BV
     heads = walk.heads >> 1
@@ -360,11 +368,11 @@ def linear_backward_v_kernel(
         live = t + rows < end
         if kind.CAUSAL:
             b_at = chunk_scores(
-                q, k, g, rstd, scale, walk, i_b, i_h, t, rows, live, dims, kind, True
+                q, k, g, rstd, scale, walk, i_b, i_h, t, rows, live, dims, kind, True, NORMED
             )
-        b_k = load_features(k, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
-        if kind.DECAY is not None:
-            b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, 0, dims.K, dims.BK, kind.DECAY)
+        b_k = load_features(k, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, MAP)
+        if DECAY is not None:
+            b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, 0, dims.K, dims.BK, DECAY)
             b_k = b_k * decay(b_after, dtype)
         b_dv = product(b_k, b_ds, q)  # [BT, BV]
         if kind.CAUSAL:
@@ -374,10 +382,10 @@ def linear_backward_v_kernel(
             back = BT - 1 - rows
             live = t + back < end
             b_do = load_slice(locate(do, i_b, i_h, t), do, back, live, i_v, dims.V, dims.BV)
-            b_q = load_features(q, i_b, i_h, t, back, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
-            b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, back, live)
-            if kind.DECAY is not None:
-                b_g = load_log_decay(g, i_b, i_h, t, back, live, 0, dims.K, dims.BK, kind.DECAY)
+            b_q = load_features(q, i_b, i_h, t, back, live, 0, dims.K, dims.BK, MAP)
+            b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, back, live, NORMED)
+            if DECAY is not None:
+                b_g = load_log_decay(g, i_b, i_h, t, back, live, 0, dims.K, dims.BK, DECAY)
                 b_q = b_q * decay(tl.cumsum(b_g, 0, reverse=True), dtype)
                 b_ds = age(b_ds, product(tl.trans(b_q), b_do, q), tl.sum(b_g, 0)[:, None], dtype)
             else:

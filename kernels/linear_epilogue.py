@@ -14,14 +14,6 @@ from attnvariants.kernels._feature_map import apply_map, map_gradient
 from attnvariants.kernels._tiles import cast, load_slice, locate, store_slice
 
 
-class Epilogue(NamedTuple):
-    """``act(gate) * weight * RMSNorm(o)``."""
-
-    gate: Any  # Strided [B, T, H, V] or [B, T, H], logits; None
-    weight: Any  # Strided [1, 1, H, V]; None
-    eps: float
-
-
 class Outputs(NamedTuple):
     """What the forward writes."""
 
@@ -37,12 +29,15 @@ class Norm(NamedTuple):
     KIND: str | None  # "model", "head" or None
     DEFERRED: bool  # left to the second kernel
     ACTIVATION: str | None  # of the gate
+    GATE: str | None  # "elementwise", "headwise"
+    WEIGHT: bool
 
 
 @triton.jit
 def weigh_and_gate(
     b_y,
-    epilogue,
+    gate,
+    weight,
     i_b,
     i_h,
     t,
@@ -52,19 +47,23 @@ def weigh_and_gate(
     V: tl.constexpr,
     BV: tl.constexpr,
     ACT: tl.constexpr,
+    GATE: tl.constexpr,
+    WEIGHT: tl.constexpr,
 ):
     """``act(gate) * weight * y`` for a tile ``[BT, BV]``."""
-    b_y = b_y * load_weight(epilogue.weight, i_h, i_v, V, BV)
-    if epilogue.gate is not None:
-        b_y = b_y * apply_map(load_gate(epilogue.gate, i_b, i_h, t, rows, live, i_v, V, BV), ACT)
+    b_y = b_y * load_weight(weight, i_h, i_v, V, BV, WEIGHT)
+    if GATE is not None:
+        b_y = b_y * apply_map(load_gate(gate, i_b, i_h, t, rows, live, i_v, V, BV, GATE), ACT)
     return b_y
 
 
 @triton.jit
-def load_gate(gate, i_b, i_h, t, rows, live, i_v, V: tl.constexpr, BV: tl.constexpr):
+def load_gate(
+    gate, i_b, i_h, t, rows, live, i_v, V: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr
+):
     """Gate logits in float32, ``[BT, BV]``, or ``[BT, 1]`` where there is one per head."""
     p_gate = locate(gate, i_b, i_h, t)
-    if gate.dim is None:
+    if GATE == "headwise":
         b_gate = tl.load(p_gate + rows * gate.time, mask=live, other=0.0)[:, None]
     else:
         b_gate = load_slice(p_gate, gate, rows, live, i_v, V, BV)
@@ -73,8 +72,10 @@ def load_gate(gate, i_b, i_h, t, rows, live, i_v, V: tl.constexpr, BV: tl.conste
 
 @triton.jit
 def linear_norm_kernel(
-    epilogue,  # Epilogue
+    gate,  # Strided [B, T, H, V] or [B, T, H], logits; None
+    weight,  # Strided [1, 1, H, V]; None
     outputs,  # Outputs
+    eps,
     length,  # odd(T)
     heads,  # odd(H)
     dims: tl.constexpr,  # Dims, BT rows and the BV of the forward
@@ -82,6 +83,9 @@ def linear_norm_kernel(
 ):
     """Puts a deferred norm together, with weight and gate, in one pass over the output."""
     BT: tl.constexpr = dims.BT
+    ACT: tl.constexpr = norm.ACTIVATION
+    GATE: tl.constexpr = norm.GATE
+    WEIGHT: tl.constexpr = norm.WEIGHT
     NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
     i_program = tl.program_id(0)
     i_slice = i_program % NV
@@ -104,7 +108,7 @@ def linear_norm_kernel(
         for n in tl.static_range(NV):
             b_sum += tl.load(p_squares + i_h * NV + n, mask=live, other=0.0)
         width = dims.V
-    b_r = 1.0 / tl.sqrt(b_sum / width + epilogue.eps)
+    b_r = 1.0 / tl.sqrt(b_sum / width + eps)
     p_r = locate(outputs.rstd, i_b, i_h, t) + rows * outputs.rstd.time
     if norm.KIND == "model":
         if i_h + i_slice == 0:
@@ -122,7 +126,20 @@ def linear_norm_kernel(
     if outputs.y is not None:
         store_slice(p_store, store, rows, live, b_y, i_v, dims.V, dims.BV)
     b_y = weigh_and_gate(
-        b_y, epilogue, i_b, i_h, t, rows, live, i_v, dims.V, dims.BV, norm.ACTIVATION
+        b_y,
+        gate,
+        weight,
+        i_b,
+        i_h,
+        t,
+        rows,
+        live,
+        i_v,
+        dims.V,
+        dims.BV,
+        ACT,
+        GATE,
+        WEIGHT,
     )
     out = outputs.out
     store_slice(locate(out, i_b, i_h, t), out, rows, live, b_y, i_v, dims.V, dims.BV)
@@ -130,20 +147,31 @@ def linear_norm_kernel(
 
 @triton.jit
 def load_cotangent(
-    dout, y, epilogue, i_b, i_h, t, rows, live, V: tl.constexpr, BV: tl.constexpr, ACT: tl.constexpr
+    dout,
+    y,
+    gate,
+    i_b,
+    i_h,
+    t,
+    rows,
+    live,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    ACT: tl.constexpr,
+    GATE: tl.constexpr,
 ):
     """``act(gate) * dout`` and y, both ``[BT, BV]``."""
     b_do = load_slice(locate(dout, i_b, i_h, t), dout, rows, live, 0, V, BV).to(tl.float32)
     b_y = load_slice(locate(y, i_b, i_h, t), y, rows, live, 0, V, BV).to(tl.float32)
-    if epilogue.gate is not None:
-        b_do *= apply_map(load_gate(epilogue.gate, i_b, i_h, t, rows, live, 0, V, BV), ACT)
+    if GATE is not None:
+        b_do *= apply_map(load_gate(gate, i_b, i_h, t, rows, live, 0, V, BV, GATE), ACT)
     return b_do, b_y
 
 
 @triton.jit
-def load_weight(weight, i_h, i_v, V: tl.constexpr, BV: tl.constexpr):
+def load_weight(weight, i_h, i_v, V: tl.constexpr, BV: tl.constexpr, WEIGHT: tl.constexpr):
     """One head's weight in float32, ``[1, BV]``, or 1."""
-    if weight is None:
+    if not WEIGHT:
         b_w = 1.0
     else:
         cols = i_v + tl.arange(0, BV)
@@ -156,7 +184,8 @@ def load_weight(weight, i_h, i_v, V: tl.constexpr, BV: tl.constexpr):
 def linear_cotangent_kernel(
     dout,  # Strided [B, T, H, V]
     y,  # Strided [B, T, H, V]
-    epilogue,  # Epilogue
+    gate,  # Strided [B, T, H, V] or [B, T, H], logits; None
+    weight,  # Strided [1, 1, H, V]; None
     do,  # Strided [B, T, H, V], written: dy - mean(dy y) y for dy = act(gate) weight dout
     dgate,  # Strided [B, T, H, V] or [B, T, H]; None
     dweight,  # [B, tiles, H, V], a sum per tile of rows; None
@@ -169,6 +198,9 @@ def linear_cotangent_kernel(
     BT: tl.constexpr = dims.BT
     V: tl.constexpr = dims.V
     BV: tl.constexpr = dims.BV
+    ACT: tl.constexpr = norm.ACTIVATION
+    GATE: tl.constexpr = norm.GATE
+    WEIGHT: tl.constexpr = norm.WEIGHT
     i_program = tl.program_id(0)
     count = heads >> 1
     tiles = tl.cdiv(length >> 1, BT)
@@ -186,31 +218,27 @@ def linear_cotangent_kernel(
     b_c = tl.zeros([BT], tl.float32)
     if norm.KIND is not None:
         for i_h in tl.range(first, last):
-            b_dy, b_y = load_cotangent(
-                dout, y, epilogue, i_b, i_h, t, rows, live, V, BV, norm.ACTIVATION
-            )
-            b_c += tl.sum(b_dy * load_weight(epilogue.weight, i_h, 0, V, BV) * b_y, 1)
+            b_dy, b_y = load_cotangent(dout, y, gate, i_b, i_h, t, rows, live, V, BV, ACT, GATE)
+            b_c += tl.sum(b_dy * load_weight(weight, i_h, 0, V, BV, WEIGHT) * b_y, 1)
         b_c = b_c / ((last - first) * V)
     for i_h in tl.range(first, last):
-        b_dy, b_y = load_cotangent(
-            dout, y, epilogue, i_b, i_h, t, rows, live, V, BV, norm.ACTIVATION
-        )
-        b_w = load_weight(epilogue.weight, i_h, 0, V, BV)
+        b_dy, b_y = load_cotangent(dout, y, gate, i_b, i_h, t, rows, live, V, BV, ACT, GATE)
+        b_w = load_weight(weight, i_h, 0, V, BV, WEIGHT)
         if dweight is not None:
             cols = tl.arange(0, BV)
             row = (tl.cast(i_b, tl.int64) * tiles + i_t) * count + i_h
             tl.store(dweight + row * V + cols, tl.sum(b_dy * b_y, 0), mask=cols < V)
         if dgate is not None:
-            b_gate = load_gate(epilogue.gate, i_b, i_h, t, rows, live, 0, V, BV)
+            b_gate = load_gate(gate, i_b, i_h, t, rows, live, 0, V, BV, GATE)
             p_out = locate(dout, i_b, i_h, t)
             b_dg = load_slice(p_out, dout, rows, live, 0, V, BV).to(tl.float32) * b_y * b_w
             p_dg = locate(dgate, i_b, i_h, t)
-            if dgate.dim is None:
-                b_sum = tl.sum(b_dg, 1)[:, None] * map_gradient(b_gate, norm.ACTIVATION)
+            if GATE == "headwise":
+                b_sum = tl.sum(b_dg, 1)[:, None] * map_gradient(b_gate, ACT)
                 p_sum = p_dg + rows[:, None] * dgate.time
                 tl.store(p_sum, cast(b_sum, dgate.ptr.dtype.element_ty), mask=live[:, None])
             else:
-                b_dg = b_dg * map_gradient(b_gate, norm.ACTIVATION)
+                b_dg = b_dg * map_gradient(b_gate, ACT)
                 store_slice(p_dg, dgate, rows, live, b_dg, 0, V, BV)
         b_do = b_dy * b_w - b_c[:, None] * b_y
         store_slice(locate(do, i_b, i_h, t), do, rows, live, b_do, 0, V, BV)

@@ -50,6 +50,7 @@ def chunk_scores(
     dims: tl.constexpr,
     kind: tl.constexpr,
     T: tl.constexpr,
+    NORMED: tl.constexpr,
 ):
     """``A_ij`` of a chunk for i >= j, else 0, ``[BT, BT]``, with keys along the rows if ``T``.
 
@@ -58,22 +59,24 @@ def chunk_scores(
     BT: tl.constexpr = dims.BT
     BC: tl.constexpr = dims.BC
     dtype: tl.constexpr = q.ptr.dtype.element_ty
+    DECAY: tl.constexpr = kind.DECAY
+    MAP: tl.constexpr = kind.FEATURE_MAP
     b_a = tl.zeros([BT, BT], tl.float32)
     for i_k in tl.range(0, dims.K, BC, loop_unroll_factor=1):
-        b_q = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, BC, kind.FEATURE_MAP)
-        b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, BC, kind.FEATURE_MAP)
-        b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, rows, live)
-        if kind.DECAY == "channel":
+        b_q = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, BC, MAP)
+        b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, BC, MAP)
+        b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, rows, live, NORMED)
+        if DECAY == "channel":
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BC, "channel")
             b_a = add_channel_scores(b_a, b_q, b_k, b_g, walk, q, T)
         elif T:
             b_a += product(b_k, tl.trans(b_q), q)
         else:
             b_a += product(b_q, tl.trans(b_k), q)
-    if kind.DECAY == "token":
+    if DECAY == "token":
         b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, BC, "token")
         b_a = b_a * token_decay(b_g, rows, dtype, T)
-    elif kind.DECAY is None:
+    elif DECAY is None:
         if T:
             b_a = tl.where(rows[:, None] <= rows[None, :], b_a, 0.0)
         else:
@@ -89,17 +92,24 @@ def linear_forward_kernel(
     g,  # Strided [B, T, H, K] or [B, T, H], log-decay; None
     start,  # [segments, H, K, V]; [N, H, K, V], of whole sequences, if not causal; None for zeros
     finish,  # [segments, H, K, V], states behind the segments; None
-    epilogue,  # Epilogue
+    gate,  # Strided [B, T, H, V] or [B, T, H], logits; None
+    weight,  # Strided [1, 1, H, V]; None
     outputs,  # Outputs
     walk,  # Walk
     scale,
+    eps,
     dims: tl.constexpr,  # Dims
     kind: tl.constexpr,  # Kind
     norm: tl.constexpr,  # Norm
 ):
     BT: tl.constexpr = dims.BT
     NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
+    ACT: tl.constexpr = norm.ACTIVATION
+    GATE: tl.constexpr = norm.GATE
+    WEIGHT: tl.constexpr = norm.WEIGHT
     dtype: tl.constexpr = q.ptr.dtype.element_ty
+    DECAY: tl.constexpr = kind.DECAY
+    MAP: tl.constexpr = kind.FEATURE_MAP
     i_program = tl.program_id(0)
     i_slice = i_program % NV
     i_v = i_slice * dims.BV
@@ -114,28 +124,28 @@ def linear_forward_kernel(
         rows = fresh_rows(t, walk, BT)
         live = t + rows < end
         if kind.CAUSAL:
-            b_a = chunk_scores(q, k, g, None, 1.0, walk, i_b, i_h, t, rows, live, dims, kind, False)
-            b_q = load_features(q, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
-            b_k = load_features(k, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
+            b_a = chunk_scores(
+                q, k, g, None, 1.0, walk, i_b, i_h, t, rows, live, dims, kind, False, False
+            )
+            b_q = load_features(q, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, MAP)
+            b_k = load_features(k, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, MAP)
             b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i_v, dims.V, dims.BV)
             b_g = None
-            if kind.DECAY is not None:
-                b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.DECAY)
+            if DECAY is not None:
+                b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, DECAY)
             b_o = product(b_a, b_v, q)  # [BT, BV]
-            if kind.DECAY is not None:
+            if DECAY is not None:
                 b_q = b_q * decay(tl.cumsum(b_g, 0), dtype)
-                b_after = load_sum_until_end(
-                    g, i_b, i_h, t, rows, end, 0, dims.K, dims.BK, kind.DECAY
-                )
+                b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, 0, dims.K, dims.BK, DECAY)
                 b_k = b_k * decay(b_after, dtype)
             b_o += product(b_q, b_s, q)
             b_write = product(tl.trans(b_k), b_v, q)
-            if kind.DECAY is not None:
+            if DECAY is not None:
                 b_s = age(b_s, b_write, tl.sum(b_g, 0)[:, None], dtype)
             else:
                 b_s += b_write
         else:
-            b_q = load_features(q, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, kind.FEATURE_MAP)
+            b_q = load_features(q, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, MAP)
             b_o = product(b_q, b_s, q)
         b_o = b_o * scale
 
@@ -147,7 +157,7 @@ def linear_forward_kernel(
                 row = (tl.cast(i_b, tl.int64) * (walk.length >> 1) + t + rows) * heads + i_h
                 tl.store(outputs.squares + row * NV + i_slice, b_squares, mask=live)
             else:
-                b_r = 1.0 / tl.sqrt(b_squares / dims.V + epilogue.eps)
+                b_r = 1.0 / tl.sqrt(b_squares / dims.V + eps)
                 p_r = locate(outputs.rstd, i_b, i_h, t) + rows * outputs.rstd.time
                 tl.store(p_r, b_r, mask=live)
             b_o = b_o * b_r[:, None]
@@ -156,7 +166,20 @@ def linear_forward_kernel(
         if not norm.DEFERRED:
             out = outputs.out
             b_o = weigh_and_gate(
-                b_o, epilogue, i_b, i_h, t, rows, live, i_v, dims.V, dims.BV, norm.ACTIVATION
+                b_o,
+                gate,
+                weight,
+                i_b,
+                i_h,
+                t,
+                rows,
+                live,
+                i_v,
+                dims.V,
+                dims.BV,
+                ACT,
+                GATE,
+                WEIGHT,
             )
             store_slice(locate(out, i_b, i_h, t), out, rows, live, b_o, i_v, dims.V, dims.BV)
 

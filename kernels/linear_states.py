@@ -51,6 +51,9 @@ def linear_states_kernel(
     """The state of every segment, chunk by chunk; a program holds a tile of it."""
     BT: tl.constexpr = dims.BT
     dtype: tl.constexpr = k.ptr.dtype.element_ty
+    DECAY: tl.constexpr = kind.DECAY
+    MAP: tl.constexpr = kind.FEATURE_MAP
+    NORMED: tl.constexpr = rstd is not None
     NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
     NK: tl.constexpr = (dims.K + dims.BK - 1) // dims.BK
     i_program = tl.program_id(0)
@@ -62,7 +65,7 @@ def linear_states_kernel(
     i_n, i_b, place, first, last, begin, end = find_segment(walk, i_s)
 
     b_s = load_state(start, walk, i_s, i_h, 0, dims, i_k, i_v, False)  # [BK, BV]
-    BD: tl.constexpr = dims.BK if kind.DECAY == "channel" else 1
+    BD: tl.constexpr = dims.BK if DECAY == "channel" else 1
     b_sum = tl.zeros([BD], tl.float32)
     chunks = tl.cdiv(end - begin, BT)
     for n in tl.range(0, chunks):
@@ -79,18 +82,16 @@ def linear_states_kernel(
         if BACKWARD:  # late queries have decayed most; sums that begin with them round least
             rows = BT - 1 - rows
         live = t + rows < end
-        b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
+        b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, MAP)
         if BACKWARD:
-            b_k = b_k * load_row_scale(rstd, scale, i_b, i_h, t, rows, live)
+            b_k = b_k * load_row_scale(rstd, scale, i_b, i_h, t, rows, live, NORMED)
         b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i_v, dims.V, dims.BV)
-        if kind.DECAY is not None:
-            b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, kind.DECAY)
+        if DECAY is not None:
+            b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, DECAY)
             if BACKWARD:
                 b_decay = tl.cumsum(b_g, 0, reverse=True)
             else:
-                b_decay = load_sum_until_end(
-                    g, i_b, i_h, t, rows, end, i_k, dims.K, dims.BK, kind.DECAY
-                )
+                b_decay = load_sum_until_end(g, i_b, i_h, t, rows, end, i_k, dims.K, dims.BK, DECAY)
             b_k = b_k * decay(b_decay, dtype)
             b_total = tl.sum(b_g, 0)
             b_s = age(b_s, product(tl.trans(b_k), b_v, k), b_total[:, None], dtype)
@@ -105,7 +106,7 @@ def linear_states_kernel(
             tl.store(p_s, b_s, mask=mask)
         if total is not None:
             row = tl.cast(i_s, tl.int64) * heads + i_h
-            if kind.DECAY == "channel":
+            if DECAY == "channel":
                 cols = i_k + tl.arange(0, dims.BK)
                 tl.store(total + row * dims.K + cols, b_sum, mask=cols < dims.K)
             else:
