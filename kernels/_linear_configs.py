@@ -96,6 +96,6 @@ _TABLES: dict[str, dict[str, dict[int, Tiles]]] = {
     },
     "linear_norm": {kind: {256: Tiles(32, 1, 0, 4, 1)} for kind in _ANY},
     "linear_cotangent": {
-        kind: {128: Tiles(32, 1, 0, 4, 1), 256: Tiles(16, 1, 0, 4, 1)} for kind in _ANY
+        kind: {64: Tiles(32, 1, 0, 4, 1), 256: Tiles(16, 1, 0, 4, 1)} for kind in _ANY
     },
 }
