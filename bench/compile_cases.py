@@ -91,8 +91,8 @@ _LINEAR_SPILLS = (
     AcceptedSpill(
         "linear_backward_qk_kernel",
         (80, 86, 89, 90, 100, 120),
-        1600,
-        "holds the state, its cotangent and all gradients of a chunk; the addresses and operands of "
+        2200,
+        "holds the state, its cotangent and all gradients of a chunk; addresses and operands of "
         "its inner loops that find no room stay in the L1 cache. Smaller tiles would keep more "
         "states in memory or replay more chunks for each",
     ),

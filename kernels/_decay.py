@@ -79,6 +79,24 @@ def sum_rows(picks, b_x, like):
 
 
 @triton.jit
+def running_sum(b_g, REVERSE: tl.constexpr):
+    """Sums of the rows of ``g [BT, BD]`` up to each, itself included; ``REVERSE``: from each on.
+
+    Triton 3.6 does not scan a single column.
+    """
+    if b_g.shape[1] == 1:
+        rows = tl.arange(0, b_g.shape[0])
+        if REVERSE:
+            picks = rows[None, :] >= rows[:, None]
+        else:
+            picks = rows[None, :] <= rows[:, None]
+        b_sum = tl.sum(tl.where(picks, tl.trans(b_g), 0.0), 1)[:, None]
+    else:
+        b_sum = tl.cumsum(b_g, 0, reverse=REVERSE)
+    return b_sum
+
+
+@triton.jit
 def level_decay(b_g, rows, level, like):
     """The factors ``[BT, BK]`` of every row at a level, and whether a row is a query there."""
     half = rows >> level

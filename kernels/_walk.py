@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from attnvariants.kernels._decay import NOTHING, fresh_rows
+from attnvariants.kernels._decay import NOTHING, fresh_rows, running_sum
 from attnvariants.kernels._feature_map import apply_map
 from attnvariants.kernels._tiles import load_slice, locate, odd
 from torch import Tensor
@@ -185,4 +185,4 @@ def load_sum_until_end(
     BT: tl.constexpr = rows.shape[0]
     follows = (rows < BT - 1) & (t + 1 + rows < end)
     b_g = load_log_decay(g, i_b, i_h, t + 1, rows, follows, i_k, K, BK, KIND)
-    return tl.cumsum(b_g, 0, reverse=True)
+    return running_sum(b_g, True)

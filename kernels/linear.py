@@ -60,14 +60,14 @@ def forward(
     squares = None
     if deferred:
         squares = v.new_empty(batch, length, heads, slices, dtype=torch.float32)
-    outputs = Outputs(_strided(out), _strided(y) if scaled else None, _by_head(rstd, norm), squares)
+    outputs = Outputs(_strided(out), _strided(y) if scaled else None)
     epilogue = _epilogue(v, norm_weight, gate)
     options = _norm(norm, deferred, norm_weight, gate, gate_activation)
     launch(
         linear_forward_kernel,
         walk.segments(batch) * heads * slices,
         *call.inputs,
-        *(start, finish, *epilogue, outputs, walk, scale, eps),
+        *(start, finish, *epilogue, outputs, _by_head(rstd, norm), squares, walk, scale, eps),
         *(config.dims(call.dims), call.kind, options),
         like=q,
         config=config,
@@ -77,7 +77,7 @@ def forward(
         launch(
             linear_norm_kernel,
             triton.cdiv(length, rows.BT) * batch * heads * slices,
-            *(*epilogue, outputs, eps, odd(length), odd(heads)),
+            *(*epilogue, outputs, _by_head(rstd, norm), squares, eps, odd(length), odd(heads)),
             *(rows._replace(BV=config.BV).dims(call.dims), options),
             like=q,
             config=rows,
@@ -330,7 +330,9 @@ def _norm(
     norm: str | None, deferred: bool, weight: Tensor | None, gate: Tensor | None, act: str | None
 ) -> Norm:
     kind = None if gate is None else "headwise" if gate.dim() == 3 else "elementwise"
-    return Norm(norm, deferred, None if gate is None else act, kind, weight is not None)
+    weighted = weight is not None
+    act = None if gate is None else act
+    return Norm(norm, deferred, act, kind, weighted, weighted or gate is not None)
 
 
 def _epilogue(

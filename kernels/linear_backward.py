@@ -28,6 +28,7 @@ from attnvariants.kernels._decay import (
     decay,
     fresh_rows,
     level_decay,
+    running_sum,
     same_block,
     sum_rows,
     token_decay,
@@ -251,7 +252,7 @@ def linear_backward_qk_kernel(
         b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, BK, MAP)
         if DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, DECAY)
-            b_before = decay(tl.cumsum(b_g, 0), dtype)
+            b_before = decay(running_sum(b_g, False), dtype)
             b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, i_k, dims.K, BK, DECAY)
             b_total = tl.sum(b_g, 0)[None, :]
             b_dq = b_dq * b_before
@@ -300,7 +301,7 @@ def linear_backward_qk_kernel(
             b_qd = b_qd * load_row_scale(rstd, scale, i_b, i_h, t, back, live_back, NORMED)
             if DECAY is not None:
                 b_g = load_log_decay(g, i_b, i_h, t, back, live_back, i_k, dims.K, BK, DECAY)
-                b_qd = b_qd * decay(tl.cumsum(b_g, 0, reverse=True), dtype)
+                b_qd = b_qd * decay(running_sum(b_g, True), dtype)
             found = ()
             for i in tl.static_range(NV):
                 p_do = locate(do, i_b, i_h, t)
@@ -386,7 +387,7 @@ def linear_backward_v_kernel(
             b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, back, live, NORMED)
             if DECAY is not None:
                 b_g = load_log_decay(g, i_b, i_h, t, back, live, 0, dims.K, dims.BK, DECAY)
-                b_q = b_q * decay(tl.cumsum(b_g, 0, reverse=True), dtype)
+                b_q = b_q * decay(running_sum(b_g, True), dtype)
                 b_ds = age(b_ds, product(tl.trans(b_q), b_do, q), tl.sum(b_g, 0)[:, None], dtype)
             else:
                 b_ds += product(tl.trans(b_q), b_do, q)

@@ -19,8 +19,6 @@ class Outputs(NamedTuple):
 
     out: Any  # Strided [B, T, H, V]
     y: Any  # Strided [B, T, H, V], before weight and gate; None where it is out
-    rstd: Any  # Strided [B, T, H]; None without a norm
-    squares: Any  # [B, T, H, slices of V], sums of squares of a deferred norm; None
 
 
 class Norm(NamedTuple):
@@ -31,6 +29,7 @@ class Norm(NamedTuple):
     ACTIVATION: str | None  # of the gate
     GATE: str | None  # "elementwise", "headwise"
     WEIGHT: bool
+    KEEP_Y: bool  # y is not out
 
 
 @triton.jit
@@ -75,6 +74,8 @@ def linear_norm_kernel(
     gate,  # Strided [B, T, H, V] or [B, T, H], logits; None
     weight,  # Strided [1, 1, H, V]; None
     outputs,  # Outputs
+    rstd,  # Strided [B, T, H]; None without a norm
+    squares,  # [B, T, H, slices of V], sums of squares of a deferred norm; None
     eps,
     length,  # odd(T)
     heads,  # odd(H)
@@ -83,6 +84,8 @@ def linear_norm_kernel(
 ):
     """Puts a deferred norm together, with weight and gate, in one pass over the output."""
     BT: tl.constexpr = dims.BT
+    V: tl.constexpr = dims.V
+    BV: tl.constexpr = dims.BV
     ACT: tl.constexpr = norm.ACTIVATION
     GATE: tl.constexpr = norm.GATE
     WEIGHT: tl.constexpr = norm.WEIGHT
@@ -98,18 +101,18 @@ def linear_norm_kernel(
     rows = tl.arange(0, BT)
     live = t + rows < (length >> 1)
     row = tl.cast(i_b, tl.int64) * (length >> 1) + t + rows
-    p_squares = outputs.squares + row * count * NV
+    p_squares = squares + row * count * NV
     b_sum = tl.zeros([BT], tl.float32)
     if norm.KIND == "model":
         for n in tl.range(0, count * NV):
             b_sum += tl.load(p_squares + n, mask=live, other=0.0)
-        width = count * dims.V
+        width = count * V
     else:
         for n in tl.static_range(NV):
             b_sum += tl.load(p_squares + i_h * NV + n, mask=live, other=0.0)
-        width = dims.V
+        width = V
     b_r = 1.0 / tl.sqrt(b_sum / width + eps)
-    p_r = locate(outputs.rstd, i_b, i_h, t) + rows * outputs.rstd.time
+    p_r = locate(rstd, i_b, i_h, t) + rows * rstd.time
     if norm.KIND == "model":
         if i_h + i_slice == 0:
             tl.store(p_r, b_r, mask=live)
@@ -118,12 +121,12 @@ def linear_norm_kernel(
 
     # The rows were left divided by this; rows of zeros as they are.
     b_own = tl.load(p_squares + i_h * NV + i_slice, mask=live, other=0.0)
-    b_own = tl.sqrt(b_own / dims.BV)
-    store = outputs.out if outputs.y is None else outputs.y
+    b_own = tl.sqrt(b_own / BV)
+    store = outputs.y if norm.KEEP_Y else outputs.out
     p_store = locate(store, i_b, i_h, t)
     b_y = load_slice(p_store, store, rows, live, i_v, dims.V, dims.BV).to(tl.float32)
     b_y = b_y * (b_own * b_r)[:, None]
-    if outputs.y is not None:
+    if norm.KEEP_Y:
         store_slice(p_store, store, rows, live, b_y, i_v, dims.V, dims.BV)
     b_y = weigh_and_gate(
         b_y,

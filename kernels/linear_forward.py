@@ -19,6 +19,7 @@ from attnvariants.kernels._decay import (
     age,
     decay,
     fresh_rows,
+    running_sum,
     token_decay,
 )
 from attnvariants.kernels._tiles import load_slice, locate, product, store_slice
@@ -95,6 +96,8 @@ def linear_forward_kernel(
     gate,  # Strided [B, T, H, V] or [B, T, H], logits; None
     weight,  # Strided [1, 1, H, V]; None
     outputs,  # Outputs
+    rstd,  # Strided [B, T, H]; None without a norm
+    squares,  # [B, T, H, slices of V], sums of squares of a deferred norm; None
     walk,  # Walk
     scale,
     eps,
@@ -104,6 +107,8 @@ def linear_forward_kernel(
 ):
     BT: tl.constexpr = dims.BT
     NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
+    V: tl.constexpr = dims.V
+    BV: tl.constexpr = dims.BV
     ACT: tl.constexpr = norm.ACTIVATION
     GATE: tl.constexpr = norm.GATE
     WEIGHT: tl.constexpr = norm.WEIGHT
@@ -135,7 +140,7 @@ def linear_forward_kernel(
                 b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, DECAY)
             b_o = product(b_a, b_v, q)  # [BT, BV]
             if DECAY is not None:
-                b_q = b_q * decay(tl.cumsum(b_g, 0), dtype)
+                b_q = b_q * decay(running_sum(b_g, False), dtype)
                 b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, 0, dims.K, dims.BK, DECAY)
                 b_k = b_k * decay(b_after, dtype)
             b_o += product(b_q, b_s, q)
@@ -149,19 +154,19 @@ def linear_forward_kernel(
             b_o = product(b_q, b_s, q)
         b_o = b_o * scale
 
-        store = outputs.out if outputs.y is None else outputs.y
+        store = outputs.y if norm.KEEP_Y else outputs.out
         if norm.KIND is not None:
             b_squares = tl.sum(b_o * b_o, 1)  # [BT]
             if norm.DEFERRED:
-                b_r = 1.0 / tl.sqrt(tl.where(b_squares > 0, b_squares, dims.BV) / dims.BV)
+                b_r = 1.0 / tl.sqrt(tl.where(b_squares > 0, b_squares / BV, 1.0))
                 row = (tl.cast(i_b, tl.int64) * (walk.length >> 1) + t + rows) * heads + i_h
-                tl.store(outputs.squares + row * NV + i_slice, b_squares, mask=live)
+                tl.store(squares + row * NV + i_slice, b_squares, mask=live)
             else:
-                b_r = 1.0 / tl.sqrt(b_squares / dims.V + eps)
-                p_r = locate(outputs.rstd, i_b, i_h, t) + rows * outputs.rstd.time
+                b_r = 1.0 / tl.sqrt(b_squares / V + eps)
+                p_r = locate(rstd, i_b, i_h, t) + rows * rstd.time
                 tl.store(p_r, b_r, mask=live)
             b_o = b_o * b_r[:, None]
-        if norm.DEFERRED or outputs.y is not None:
+        if norm.DEFERRED or norm.KEEP_Y:
             store_slice(locate(store, i_b, i_h, t), store, rows, live, b_o, i_v, dims.V, dims.BV)
         if not norm.DEFERRED:
             out = outputs.out

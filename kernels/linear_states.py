@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from attnvariants.kernels._decay import age, decay, fresh_rows
+from attnvariants.kernels._decay import age, decay, fresh_rows, running_sum
 from attnvariants.kernels._tiles import load_slice, locate, product
 from attnvariants.kernels._walk import (
     find_segment,
@@ -89,7 +89,7 @@ def linear_states_kernel(
         if DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, DECAY)
             if BACKWARD:
-                b_decay = tl.cumsum(b_g, 0, reverse=True)
+                b_decay = running_sum(b_g, True)
             else:
                 b_decay = load_sum_until_end(g, i_b, i_h, t, rows, end, i_k, dims.K, dims.BK, DECAY)
             b_k = b_k * decay(b_decay, dtype)
