@@ -26,6 +26,8 @@ TRITON_FUNCTIONS = frozenset(
         "gated_sdpa",
         "ls_attention",
         "diag_attention",
+        "gated_linear_attention",
+        "norm_linear_attention",
         "attention_decode",
         "linear_attention_decode",
     }

@@ -72,7 +72,7 @@ class AcceptedSpill:
 
 
 _UNALIGNED = "unaligned strides"
-ACCEPTED = tuple(
+_SOFTMAX_SPILLS = tuple(
     AcceptedSpill(
         kernel,
         (80, 86, 89, 90, 100, 120),
@@ -87,6 +87,17 @@ ACCEPTED = tuple(
         "softmax_backward_dkdv_kernel",
     )
 )
+_LINEAR_SPILLS = (
+    AcceptedSpill(
+        "linear_backward_qk_kernel",
+        (80, 86, 89, 90, 100, 120),
+        2200,
+        "holds the state, its cotangent and all gradients of a chunk; addresses and operands of "
+        "its inner loops that find no room stay in the L1 cache. Smaller tiles would keep more "
+        "states in memory or replay more chunks for each",
+    ),
+)
+ACCEPTED = (*_SOFTMAX_SPILLS, *_LINEAR_SPILLS)
 
 
 # --- softmax attention ---------------------------------------------------------------------------
@@ -273,7 +284,78 @@ def _sized(function: str, dims: tuple[int, int], name: str, features: Mapping[st
     return Case(function, f"{size} {name}", key_dim=key_dim, value_dim=value_dim, **features)
 
 
+# --- linear attention ----------------------------------------------------------------------------
+
+_LINEAR_KERNELS = {
+    "linear_states": "forward",
+    "linear_scan": "forward",
+    "linear_forward": "forward",
+    "linear_norm": "forward",
+    "linear_cotangent": "backward",
+    "linear_backward_qk": "backward",
+    "linear_backward_v": "backward",
+}
+_LINEAR_WITHOUT_DOTS = ("linear_scan", "linear_norm", "linear_cotangent")
+# Long enough, with few enough heads, to be cut into segments.
+_LINEAR_HEAVY: dict[str, Any] = {
+    "length": 2048,
+    "g": "channel",
+    "gate": "elementwise",
+    "norm_weight": "shared",
+    "initial_state": True,
+    "sequences": (1000, 0, 1048),
+    "options": {"norm": "model"},
+}
+_LINEAR_FEATURES: dict[str, dict[str, Any]] = {
+    "per token": {"length": 2048, "g": "token", "gate": "headwise", "options": {"norm": "model"}},
+    "no decay": {"length": 2048, "g": None, "gate": "headwise", "options": {"norm": "model"}},
+}
+
+
+def linear(case: Case, tensors: dict[str, Tensor]) -> Calls:
+    """Forward and backward behind ``gated_linear_attention``."""
+    kernels: Any = importlib.import_module("attnvariants.kernels.linear")
+    names = ("q", "k", "v", "g", "initial_state", "cu_seqlens", "norm_weight", "gate")
+    inputs = tuple(tensors.get(name) for name in names)
+    activation = "silu" if case.gate else None
+    options = (None, True, case.key_dim**-0.5, case.options.get("norm"), 1e-6, activation)
+
+    def forward() -> tuple[Tensor, ...]:
+        return kernels.forward(*inputs, *options)
+
+    def backward() -> tuple[Tensor, ...]:
+        out, y, rstd, state = given()
+        dout = torch.ones_like(out)
+        return kernels.backward(*inputs, y if y.numel() else out, rstd, dout, state, *options, True)
+
+    given = functools.cache(forward)
+    return {"forward": forward, "backward": backward}
+
+
+def _linear_cases() -> list[CompileCase]:
+    def make(
+        dims: tuple[int, int], dtype: str, name: str, features: dict[str, Any], quick: bool = False
+    ) -> CompileCase:
+        key_dim, value_dim = dims
+        label = f"linear K={key_dim} V={value_dim} {name}"
+        case = Case(
+            "gated_linear_attention", label, key_dim=key_dim, value_dim=value_dim, **features
+        )
+        kernels, without_dots = _LINEAR_KERNELS, _LINEAR_WITHOUT_DOTS
+        return CompileCase(case, dtype, linear, kernels, without_dots, quick)
+
+    found = []
+    for dims in ((64, 64), (128, 128), (128, 256), (256, 256)):
+        found.append(make(dims, "bfloat16", "all features", _LINEAR_HEAVY, dims == (64, 64)))
+    for name, features in _LINEAR_FEATURES.items():
+        found.append(make((128, 256), "bfloat16", name, features))
+    for dtype in ("float16", "float32"):
+        found.append(make((64, 64), dtype, "all features", _LINEAR_HEAVY))
+        found.append(make((128, 128), dtype, "all features", _LINEAR_HEAVY))
+    return found
+
+
 def compile_cases(*, quick: bool = False) -> list[CompileCase]:
     """All cases, or those that reach every entry of the configuration tables once."""
-    cases = [*_softmax_cases(), *_diagonal_cases(), *_decode_cases()]
+    cases = [*_softmax_cases(), *_diagonal_cases(), *_decode_cases(), *_linear_cases()]
     return [case for case in cases if case.quick or not quick]

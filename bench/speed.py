@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from attnvariants._select import FUNCTIONS, IMPLEMENTATIONS, interpreting
-from bench import speed_tables, timing
+from bench import account, speed_tables, timing
 from bench.cases import MODES, Case
 from bench.console import make_console, progress
 from bench.contenders import Candidate, InputSets, candidates, disagreement
@@ -98,6 +98,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only-sweep", action="store_true", help="no cases but the sweep")
     parser.add_argument("--rounds", type=_length, help="rounds per case (default: 7, quick: 3)")
     parser.add_argument("--quick", action="store_true", help="small shapes, less than a minute")
+    parser.add_argument(
+        "--account",
+        action="store_true",
+        help="only print what the linear kernels move and compute, counted from their launches",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder for results")
 
 
@@ -110,6 +115,8 @@ def _length(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Verifies, times, prints the tables and writes ``speed.json``; 1 where verify failed."""
+    if args.account:
+        return account.run(args)
     device = pick_device(args.device)
     console = make_console()
     dtypes = args.dtypes or (["bfloat16"] if device.type == "cuda" else ["float32"])

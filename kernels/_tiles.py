@@ -76,6 +76,28 @@ def load_rows(p_x, x, rows, live, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def load_slice(p_x, x, rows, live, first, D: tl.constexpr, BD: tl.constexpr):
+    """Loads the columns ``[first, first + BD)`` of ``[rows, D]``, zero where there is nothing."""
+    cols = first + tl.arange(0, BD)
+    p_tile = p_x + rows[:, None] * x.time + cols[None, :] * x.dim
+    mask = live[:, None]
+    if D % BD != 0:
+        mask = mask & (cols[None, :] < D)
+    return tl.load(p_tile, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_slice(p_x, x, rows, live, b_x, first, D: tl.constexpr, BD: tl.constexpr):
+    """Stores ``b_x [rows, BD]`` to the columns from ``first`` on, rounded once."""
+    cols = first + tl.arange(0, BD)
+    p_tile = p_x + rows[:, None] * x.time + cols[None, :] * x.dim
+    mask = live[:, None]
+    if D % BD != 0:
+        mask = mask & (cols[None, :] < D)
+    tl.store(p_tile, cast(b_x, x.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def store_rows(p_x, x, rows, live, b_x, D: tl.constexpr, BD: tl.constexpr):
     """Stores ``b_x [rows, BD]`` to address ``p_x``, rounded once to the dtype of ``x``."""
     cols = tl.arange(0, BD)
@@ -88,10 +110,16 @@ def store_rows(p_x, x, rows, live, b_x, D: tl.constexpr, BD: tl.constexpr):
 def cast(x, dtype: tl.constexpr):
     """``x`` rounded to the nearest number of ``dtype``, in the interpreter too."""
     if INTERPRETED and x.dtype == tl.float32 and dtype == tl.bfloat16:  # it cuts bits off
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
+        x = round_bf16(x)
     return x.to(dtype)
+
+
+@triton.jit
+def round_bf16(x):
+    """float32 rounded to the nearest numbers that bf16 has."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -115,3 +143,31 @@ def dot(a, b, acc=None):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def product(a, b, like):
+    """``a @ b`` in float32, of computed operands in a precision that suits the dtype of ``like``.
+
+    ``like`` is a ``Strided`` input. bf16 operands go with bf16 inputs. With float16 inputs they are
+    cut to TF32, which has as many digits and cannot overflow; with float32 inputs not at all.
+    """
+    dtype: tl.constexpr = like.ptr.dtype.element_ty
+    PRECISION: tl.constexpr = "tf32" if dtype == tl.float16 else "ieee"
+    return tl.dot(_operand(a, dtype), _operand(b, dtype), input_precision=PRECISION)
+
+
+@triton.jit
+def _operand(x, dtype: tl.constexpr):
+    """``x`` for a tensor core; in the interpreter, float32 with the digits that one would see."""
+    if INTERPRETED:
+        x = x.to(tl.float32)
+        if dtype == tl.bfloat16:
+            x = round_bf16(x)
+        elif dtype == tl.float16:
+            x = (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    elif dtype == tl.bfloat16:
+        x = x.to(tl.bfloat16)
+    else:
+        x = x.to(tl.float32)
+    return x

@@ -104,7 +104,7 @@ def check_gradients(function: str, tensors: Inputs, impl: str, **options: Any) -
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
 
 
-def check_operators(function: str, tensors: Inputs, **options: Any) -> None:
+def check_operators(function: str, tensors: Inputs, *, impl: str = "eager", **options: Any) -> None:
     """``opcheck`` of the forward and the backward operator, as a call of ``function`` uses them."""
     seen: dict[str, tuple[Any, ...]] = {}
     operators = torch.ops.attnvariants
@@ -117,7 +117,7 @@ def check_operators(function: str, tensors: Inputs, **options: Any) -> None:
             return func(*args, **(kwargs or {}))
 
     with Spy():
-        results(function, tensors, impl="eager", **options)
+        results(function, tensors, impl=impl, **options)
     for name in ("linear_forward", "linear_backward"):
         torch.library.opcheck(getattr(operators, name).default, seen[f"attnvariants::{name}"])
 
@@ -161,12 +161,18 @@ def check_second_gradients(function: str, tensors: Inputs, **options: Any) -> No
     assert torch.autograd.grad(gradient.square().sum(), leaves["k"])[0].isfinite().all()
 
 
-def check_autocast(function: str, tensors: Inputs, **options: Any) -> None:
+def check_autocast(
+    function: str,
+    tensors: Inputs,
+    *,
+    impls: tuple[str, ...] = ("eager", "reference"),
+    **options: Any,
+) -> None:
     """As if q, k, v, gate and weight had been cast by the caller; nothing else is."""
     single = {name: tensor.float() for name, tensor in tensors.items()}
     cast = ("q", "k", "v", "gate", "norm_weight")
     half = {name: x.bfloat16() if name in cast else x for name, x in single.items()}
-    for impl in ("eager", "reference"):
+    for impl in impls:
         found = results(function, single, autocast=True, impl=impl, **options)
         wanted = results(function, half, impl=impl, **options)
         assert found[0].dtype == torch.bfloat16
@@ -187,7 +193,7 @@ def check_checkpoint(function: str, tensors: Inputs, impl: str = "eager", **opti
         assert torch.equal(found, wanted)
 
 
-def check_strides(function: str, tensors: Inputs, **options: Any) -> None:
+def check_strides(function: str, tensors: Inputs, *, impl: str = "eager", **options: Any) -> None:
     """Any strides give the same as contiguous tensors, forward and backward."""
 
     def strided(tensor: Tensor) -> Tensor:
@@ -200,8 +206,8 @@ def check_strides(function: str, tensors: Inputs, **options: Any) -> None:
         return view
 
     moved = {name: strided(tensor) for name, tensor in tensors.items()}
-    expected = results(function, tensors, impl="eager", **options)
-    assert_same(results(function, moved, impl="eager", **options), expected)
+    expected = results(function, tensors, impl=impl, **options)
+    assert_same(results(function, moved, impl=impl, **options), expected)
 
 
 def check_subsets(function: str, tensors: Inputs, impl: str = "eager", **options: Any) -> None:

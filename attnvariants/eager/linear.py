@@ -65,9 +65,23 @@ def forward(
         outputs.write(segment.rows, segment.untile(o))
     max_logit = v.new_empty(0, dtype=inputs.wide)
     if stats:
-        precise = Inputs(q, k, v, g, cu_seqlens, feature_map, _one_number_precision(q.dtype))
-        max_logit = (abs(scale) * largest_score(precise, causal)).to(inputs.wide)
+        max_logit = largest_scores(q, k, v, g, cu_seqlens, feature_map, causal, scale)
     return outputs.out, outputs.y, outputs.rstd, state, max_logit
+
+
+def largest_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    cu_seqlens: Tensor | None,
+    feature_map: str | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """The largest ``|score|`` of every head ``[H]``, for every implementation of the engine."""
+    precise = Inputs(q, k, v, g, cu_seqlens, feature_map, _one_number_precision(q.dtype))
+    return (abs(scale) * largest_score(precise, causal)).to(state_dtype(q.dtype))
 
 
 def backward(

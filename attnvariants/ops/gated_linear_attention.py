@@ -33,9 +33,13 @@ def gated_linear_attention(
     ``out = act(gate) * norm_weight * RMSNorm(o)``, per head, each part of the latter optional.
     Everything between the inputs and ``out`` is float32 (float64 for float64 inputs).
 
-    Relatives with other names: RetNet is ``g = log(1 - 2 ** -(5 + head))`` ``[H]``; Mamba-2's and
-    gated RetNet's scalar decay is ``g`` ``[B, T, H]``; HGRN2 is ``k = 1 - exp(g)`` with ``g``
-    ``[B, T, H, K]``.
+    Relatives with other names, each one call of this function:
+
+    - RetNet: ``g = torch.log(1 - 2 ** -(5 + head))``, ``[H]``;
+    - Lightning Attention as released (TransNormerLLM, MiniMax-01), layer l of L: ``scale=1.0`` and
+      ``g = -(2 ** (-8 * (head + 1) / H)) * (1 - l / (L - 1) + 1e-5)``, ``[H]``;
+    - Mamba-2's and gated RetNet's scalar decay: ``g`` ``[B, T, H]``;
+    - HGRN2: ``k = -torch.expm1(g)``, which is ``1 - exp(g)``, with ``g`` ``[B, T, H, K]``.
 
     Args:
         q: ``[B, T, H, K]``, float16, bfloat16, float32 or float64; ``K`` up to 256.
@@ -58,7 +62,7 @@ def gated_linear_attention(
             (``B == 1``); empty ones are allowed. Without it ``N`` is ``B``.
         return_stats: also return :class:`AttentionStats`, whose ``max_logit`` is the largest
             ``|scale * q_i . k_j * decay_ij|`` over all ``i >= j``; this takes an extra pass of
-            O(T^2). ``lse`` is ``None``.
+            O(T^2), in plain PyTorch for every ``impl``. ``lse`` is ``None``.
         impl: ``"auto"``, ``"reference"``, ``"eager"``, ``"triton"`` or ``"cuda"``.
 
     Returns:

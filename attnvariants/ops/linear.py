@@ -21,7 +21,7 @@ _LOG_DECAYS = {
     "gated_linear_attention": ("g", ("B T H K", "B T H", "H")),
     "norm_linear_attention": ("decay", ("H",)),
 }
-_ENGINES = {"eager": "attnvariants.eager.linear"}
+_ENGINES = {"eager": "attnvariants.eager.linear", "triton": "attnvariants.kernels.linear"}
 
 
 class Options(NamedTuple):
@@ -209,9 +209,26 @@ class _LinearAttention(torch.autograd.Function):
         )
 
 
-def _forward(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *inputs, impl = args
-    return importlib.import_module(_ENGINES[impl]).forward(q, *inputs)
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    *others, stats, impl = args
+    inputs = (q, k, v, g, initial_state, cu_seqlens, *others)
+    engine = importlib.import_module(_ENGINES[impl])
+    if impl == "eager":
+        return tuple(engine.forward(*inputs, stats))
+    max_logit = q.new_empty(0, dtype=_checks.state_dtype(q.dtype))
+    if stats:  # O(T^2), and kernels never form all scores: in plain PyTorch for every impl
+        eager = importlib.import_module(_ENGINES["eager"])
+        _, _, feature_map, causal, scale, *_ = others
+        max_logit = eager.largest_scores(q, k, v, g, cu_seqlens, feature_map, causal, scale)
+    return *engine.forward(*inputs), max_logit
 
 
 def _backward(q: Tensor, *args: Any) -> tuple[Tensor, ...]:

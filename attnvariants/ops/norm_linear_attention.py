@@ -63,7 +63,7 @@ def norm_linear_attention(
             (``B == 1``); empty ones are allowed. Without it ``N`` is ``B``.
         return_stats: also return :class:`AttentionStats`, whose ``max_logit`` is the largest
             ``|phi(q_t) . phi(k_s) exp(decay (t - s))|`` over the visible pairs; this takes an
-            extra pass of O(T^2). ``lse`` is ``None``.
+            extra pass of O(T^2), in plain PyTorch for every ``impl``. ``lse`` is ``None``.
         impl: ``"auto"``, ``"reference"``, ``"eager"``, ``"triton"`` or ``"cuda"``.
 
     Returns:

@@ -1,0 +1,184 @@
+"""Decay inside a chunk of ``BT`` tokens, exact for every gate: sums over intervals, no differences.
+
+A query i and an earlier key j lie in the two halves of exactly one block of ``2 S`` rows, for one
+S = 1, 2, 4, ...: that is their level. With b the last row of the lower half
+
+    exp(G_i - G_j) = exp(G_i - G_b) exp(G_b - G_j),
+
+and both exponents are sums of log-decays over the rows between, never positive. A row is either a
+query or a key of a level, so one exponential serves it. No difference of cumulative sums appears:
+nothing overflows, and no digits cancel.
+
+Sums per channel are products with matrices of zeros and ones on tensor cores. bf16 holds those, and
+two or three bf16 parts hold a log-decay; products and sums of them are exact or rounded to float32.
+Log-decays end at ``NOTHING``: where one is smaller, its exponential is 0 in any case.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from attnvariants.kernels._tiles import INTERPRETED, LOG2_E, product
+
+NOTHING = tl.constexpr(-8192.0)  # 0 times it is 0, unlike 0 times -inf
+LN_2_HIGH = tl.constexpr(0.693359375)  # few bits, so that multiples of it are exact
+LN_2_REST = tl.constexpr(-2.12194440e-4)
+
+
+@triton.jit
+def fresh_rows(step, walk, BT: tl.constexpr):
+    """``arange(0, BT)``, for masks inside a loop over ``step``.
+
+    A compiler would compute masks of ``[BT, BT]`` once before the loop and run out of registers; it
+    does not know that this adds zero in every step, because sizes are odd, see :func:`odd`.
+    """
+    return tl.arange(0, BT) + step * ((walk.heads & 1) - 1)
+
+
+@triton.jit
+def decay(b_sum, dtype: tl.constexpr):
+    """``exp(sum)`` of log-decays; for float32 inputs also where the sum is large.
+
+    ``exp2(sum * log2(e))`` has the rounding of its argument as a relative error, 1e-6 where the sum
+    is -20. Split into a power of two and the exponential of a small rest, there is none.
+    """
+    if dtype == tl.float32:
+        power = tl.floor(b_sum * LOG2_E + 0.5)
+        rest = (b_sum - power * LN_2_HIGH) - power * LN_2_REST
+        b_e = tl.exp2(power) * tl.exp2(rest * LOG2_E)
+    else:
+        b_e = tl.exp2(b_sum * LOG2_E)
+    return b_e
+
+
+@triton.jit
+def split(b_x):
+    """``x`` as a bf16 part and the rest, exactly."""
+    if INTERPRETED:  # whose conversions are slow; the part in float32
+        b_part = (b_x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    else:
+        b_part = b_x.to(tl.bfloat16)
+    return b_part, b_x - b_part.to(tl.float32)
+
+
+@triton.jit
+def sum_rows(picks, b_x, like):
+    """``picks @ x``: sums of the rows of ``x [BT, BD]`` that a mask ``[BT, BT]`` picks.
+
+    Of every term, the first 16 bits for 16-bit inputs ``like``, and all 24 for float32.
+    """
+    b_part, b_rest = split(b_x)
+    b_m = tl.where(picks, 1.0, 0.0).to(b_part.dtype)
+    b_sum = tl.dot(b_m, b_part, input_precision="ieee")
+    b_part, b_rest = split(b_rest)
+    b_sum += tl.dot(b_m, b_part, input_precision="ieee")
+    if like.ptr.dtype.element_ty == tl.float32:
+        b_part, b_rest = split(b_rest)
+        b_sum += tl.dot(b_m, b_part, input_precision="ieee")
+    return b_sum
+
+
+@triton.jit
+def running_sum(b_g, REVERSE: tl.constexpr):
+    """Sums of the rows of ``g [BT, BD]`` up to each, itself included; ``REVERSE``: from each on.
+
+    Triton 3.6 does not scan a single column.
+    """
+    if b_g.shape[1] == 1:
+        rows = tl.arange(0, b_g.shape[0])
+        if REVERSE:
+            picks = rows[None, :] >= rows[:, None]
+        else:
+            picks = rows[None, :] <= rows[:, None]
+        b_sum = tl.sum(tl.where(picks, tl.trans(b_g), 0.0), 1)[:, None]
+    else:
+        b_sum = tl.cumsum(b_g, 0, reverse=REVERSE)
+    return b_sum
+
+
+@triton.jit
+def level_decay(b_g, rows, level, like):
+    """The factors ``[BT, BK]`` of every row at a level, and whether a row is a query there."""
+    half = rows >> level
+    is_query = (half & 1) == 1
+    # Of its half a query takes the rows up to itself, a key those behind it.
+    near = (rows[None, :] <= rows[:, None]) == is_query[:, None]
+    picks = (half[:, None] == half[None, :]) & near
+    b_e = decay(sum_rows(picks, b_g, like), like.ptr.dtype.element_ty)
+    return b_e, is_query[:, None]
+
+
+@triton.jit
+def same_block(rows, level):
+    """Which pairs ``[BT, BT]`` lie in the same block of a level."""
+    block = rows >> (level + 1)
+    return block[:, None] == block[None, :]
+
+
+@triton.jit
+def count_levels(BT: tl.constexpr):
+    """``log2(BT)``."""
+    levels = 0
+    for n in tl.static_range(16):
+        if (1 << n) < BT:
+            levels = n + 1
+    return levels
+
+
+@triton.jit
+def add_channel_scores(b_a, b_q, b_k, b_g, walk, like, TRANSPOSED: tl.constexpr):
+    """``A + sum_x q_ix k_jx exp(G_ix - G_jx)`` for i >= j, ``[BT, BT]``, over a slice of channels.
+
+    Queries along the rows, or keys if ``TRANSPOSED``.
+    """
+    BT: tl.constexpr = b_q.shape[0]
+    b_own = tl.sum(b_q * b_k, 1)[:, None]
+    for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
+        rows = fresh_rows(level, walk, BT)
+        b_e, is_query = level_decay(b_g, rows, level, like)
+        b_qs = tl.where(is_query, b_q * b_e, 0.0)
+        b_ks = tl.where(is_query, 0.0, b_k * b_e)
+        if TRANSPOSED:
+            b_pairs = product(b_ks, tl.trans(b_qs), like)
+        else:
+            b_pairs = product(b_qs, tl.trans(b_ks), like)
+        b_a += tl.where(same_block(rows, level), b_pairs, 0.0)
+        if level == 0:
+            b_a += tl.where(rows[:, None] == rows[None, :], b_own, 0.0)
+    return b_a
+
+
+@triton.jit
+def token_decay(b_g, rows, dtype: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """``exp(G_i - G_j)`` for i >= j, else 0, as ``[BT, BT]``, from ``g [BT, 1]``."""
+    if TRANSPOSED:  # along the queries of a key, the sum begins behind the key
+        b_sum = tl.cumsum(tl.where(rows[:, None] < rows[None, :], tl.trans(b_g), 0.0), 1)
+        b_d = tl.where(rows[:, None] <= rows[None, :], decay(b_sum, dtype), 0.0)
+    else:
+        b_sum = tl.cumsum(tl.where(rows[:, None] > rows[None, :], b_g, 0.0), 0)
+        b_d = tl.where(rows[:, None] >= rows[None, :], decay(b_sum, dtype), 0.0)
+    return b_d
+
+
+@triton.jit
+def expm1(x):
+    """``exp(x) - 1`` for x <= 0 with a small relative error."""
+    series = 1.0 / 720 + x * (1.0 / 5040)
+    series = 1.0 / 120 + x * series
+    series = 1.0 / 24 + x * series
+    series = 1.0 / 6 + x * series
+    series = 0.5 + x * series
+    return tl.where(x > -0.25, x + x * x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def age(b_s, b_write, b_total, dtype: tl.constexpr):
+    """``exp(total) * S + write`` with the factor in two parts, for ``total`` that broadcasts to S.
+
+    One float32 close to 1 would be rounded the same way in every chunk of a constant decay. What it
+    leaves out is added to what is written, where it is not lost at once.
+    """
+    b_near = expm1(tl.maximum(b_total, -1.0))
+    b_factor = tl.where(b_total > -0.25, 1.0 + b_near, decay(b_total, dtype))
+    b_rest = tl.where(b_total > -0.25, b_near - (b_factor - 1.0), 0.0)
+    return b_factor * b_s + (b_rest * b_s + b_write)

@@ -1,0 +1,188 @@
+"""Which part of which sequence and head a program of the linear kernels walks over.
+
+A sequence is cut into segments of ``span`` tokens, each walked by programs of its own; a span that
+holds the longest sequence makes one segment of each. Packed sequences need no look at their lengths
+on the host: sequence n owns the slots from ``start // span + n`` on, which is always enough.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from attnvariants.kernels._decay import NOTHING, fresh_rows, running_sum
+from attnvariants.kernels._feature_map import apply_map
+from attnvariants.kernels._tiles import load_slice, locate, odd
+from torch import Tensor
+
+
+class Walk(NamedTuple):
+    """Sequences cut into segments, on their way into a kernel; sizes as from :func:`odd`."""
+
+    cu_seqlens: Any  # [N + 1]; None
+    owner: Any  # [slots], the sequence of every segment; None where there is one segment each
+    length: int  # T
+    heads: int
+    span: int  # tokens of a segment
+    slots: int  # segments, per batch entry without cu_seqlens
+
+    @staticmethod
+    def of(q: Tensor, cu_seqlens: Tensor | None, span: int, find_owners: bool = True) -> Walk:
+        """Segments of ``span`` tokens of ``q [B, T, H, K]``; owners for programs by segment."""
+        length, heads = q.shape[1:3]
+        owner, slots = None, triton.cdiv(length, span)
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.contiguous()
+            count = cu_seqlens.numel() - 1
+            slots = length // span + count
+            if span <= length and find_owners:
+                numbers = torch.arange(slots, dtype=torch.int32, device=q.device)
+                first = cu_seqlens[:-1] // span + numbers[:count]
+                owner = torch.searchsorted(first, numbers, right=True, out_int32=True) - 1
+        return Walk(cu_seqlens, owner, odd(length), odd(heads), odd(span), odd(slots))
+
+    def segments(self, batch: int) -> int:
+        """Segments of all sequences, some of them unused if packed."""
+        return (self.slots >> 1) * (batch if self.cu_seqlens is None else 1)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every sequence is one segment, so that segments are sequences."""
+        if self.cu_seqlens is None:
+            return self.slots >> 1 == 1
+        return self.span > self.length
+
+
+class Dims(NamedTuple):
+    """Head dims and the tile sides of a kernel, chunks of ``BT`` tokens; compile-time."""
+
+    K: int
+    V: int
+    BT: int
+    BK: int
+    BV: int
+    BC: int  # channels of the keys that are taken at a time for the scores
+
+
+@triton.jit
+def find_segment(walk, i_s):
+    """Of segment ``i_s``: sequence, batch entry, place among the sequence's segments,
+
+    first and last token of the sequence, and of the segment (the last ones excluded).
+    """
+    span = walk.span >> 1
+    if walk.cu_seqlens is None:
+        slots = walk.slots >> 1
+        i_n = i_s // slots
+        i_b = i_n
+        place = i_s - i_n * slots
+        first = 0
+        last = walk.length >> 1
+    else:
+        i_n = i_s
+        if walk.owner is not None:
+            i_n = tl.load(walk.owner + i_s)
+        i_b = 0
+        first = tl.load(walk.cu_seqlens + i_n)
+        last = tl.load(walk.cu_seqlens + i_n + 1)
+        place = i_s - (first // span + i_n)
+    begin = first + place * span
+    end = tl.minimum(begin + span, last)
+    return i_n, i_b, place, first, last, begin, end
+
+
+@triton.jit
+def first_slot(walk, i_n, first):
+    """The first segment of sequence ``i_n``, whose first token is ``first``."""
+    if walk.cu_seqlens is None:
+        slot = i_n * (walk.slots >> 1)
+    else:
+        slot = first // (walk.span >> 1) + i_n
+    return slot
+
+
+@triton.jit
+def locate_state(states, walk, i_s, i_h, step, dims: tl.constexpr, i_k, i_v, T: tl.constexpr):
+    """Addresses and mask of the tile ``[BK, BV]`` (its transpose if ``T``) of a state.
+
+    ``states [segments, H, K, V]``; the tile begins at channel ``i_k`` of the keys and ``i_v`` of
+    the values.
+    """
+    heads = walk.heads >> 1
+    base = (tl.cast(i_s, tl.int64) * heads + i_h) * (dims.K * dims.V)
+    keys = i_k + fresh_rows(step, walk, dims.BK)
+    values = i_v + fresh_rows(step, walk, dims.BV)
+    if T:
+        p_state = states + base + keys[None, :] * dims.V + values[:, None]
+        mask = (keys[None, :] < dims.K) & (values[:, None] < dims.V)
+    else:
+        p_state = states + base + keys[:, None] * dims.V + values[None, :]
+        mask = (keys[:, None] < dims.K) & (values[None, :] < dims.V)
+    return p_state, mask
+
+
+@triton.jit
+def load_state(states, walk, i_s, i_h, step, dims: tl.constexpr, i_k, i_v, T: tl.constexpr):
+    """A tile of a state, or zeros where ``states`` is ``None``."""
+    BK: tl.constexpr = dims.BK
+    BV: tl.constexpr = dims.BV
+    if states is None:
+        b_s = tl.zeros([BV, BK] if T else [BK, BV], tl.float32)
+    else:
+        p_s, mask = locate_state(states, walk, i_s, i_h, step, dims, i_k, i_v, T)
+        if dims.K % BK == 0 and dims.V % BV == 0:
+            b_s = tl.load(p_s)
+        else:
+            b_s = tl.load(p_s, mask=mask, other=0.0)
+    return b_s
+
+
+@triton.jit
+def load_log_decay(
+    g, i_b, i_h, t, rows, live, i_k, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
+):
+    """The log-decays of a chunk in float32: ``[BT, BK]`` per "channel", ``[BT, 1]`` per "token"."""
+    p_g = locate(g, i_b, i_h, t)
+    if KIND == "channel":
+        b_g = load_slice(p_g, g, rows, live, i_k, K, BK)
+    else:
+        b_g = tl.load(p_g + rows * g.time, mask=live, other=0.0)[:, None]
+    return tl.maximum(b_g.to(tl.float32), NOTHING)
+
+
+@triton.jit
+def load_features(
+    x, i_b, i_h, t, rows, live, i_k, K: tl.constexpr, BK: tl.constexpr, MAP: tl.constexpr
+):
+    """``phi(x)`` of a chunk in float32, ``[BT, BK]``; zero where there is nothing."""
+    b_x = load_slice(locate(x, i_b, i_h, t), x, rows, live, i_k, K, BK).to(tl.float32)
+    b_x = apply_map(b_x, MAP)
+    if MAP == "elu+1":  # phi(0) is 1
+        cols = i_k + tl.arange(0, BK)
+        b_x = tl.where(live[:, None] & (cols[None, :] < K), b_x, 0.0)
+    return b_x
+
+
+@triton.jit
+def load_row_scale(rstd, scale, i_b, i_h, t, rows, live, NORMED: tl.constexpr):
+    """What multiplies the queries ``[BT, 1]``: ``scale * r``, or ``scale`` without a norm."""
+    BT: tl.constexpr = live.shape[0]
+    if not NORMED:
+        b_r = tl.full([BT, 1], 1.0, tl.float32) * scale
+    else:
+        p_r = locate(rstd, i_b, i_h, t) + rows * rstd.time
+        b_r = tl.load(p_r, mask=live, other=0.0)[:, None] * scale
+    return b_r
+
+
+@triton.jit
+def load_sum_until_end(
+    g, i_b, i_h, t, rows, end, i_k, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
+):
+    """``G_C - G_j``, the log-decay behind a row, as a sum of the rows that follow."""
+    BT: tl.constexpr = rows.shape[0]
+    follows = (rows < BT - 1) & (t + 1 + rows < end)
+    b_g = load_log_decay(g, i_b, i_h, t + 1, rows, follows, i_k, K, BK, KIND)
+    return running_sum(b_g, True)

@@ -1,0 +1,397 @@
+"""Linear attention backward: two walks from the end of a sequence to its start.
+
+With S the state at the start of a chunk and dS the cotangent of the state at its end:
+
+    dq_i = exp(G_i) (S do_i) + sum_{j <= i} dA_ij exp(G_i - G_j) k_j              dA_ij = do_i . v_j
+    dk_j = exp(G_C - G_j) (dS v_j) + sum_{i >= j} dA_ij exp(G_i - G_j) q_i
+    dv_j = dS^T (exp(G_C - G_j) k_j) + sum_{i >= j} A_ij do_i
+    dS   = exp(G_C) dS + sum_i (exp(G_i) q_i) do_i^T                        (of the previous chunk)
+
+The log-decay of a token decays every pair (j, i) with j before the token and i not: its gradient is
+the sum of what these pairs, and the states, carry across it, by additions only.
+
+One walk finds dq, dk and dg of a slice of the key channels, with S and dS at hand; S comes from the
+last state that was kept, over the few chunks between. The other finds dv of a slice of the value
+channels, from dS. Their states are ``[V, K]`` and ``[K, V]``, so that no product needs a
+transposed one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from attnvariants.kernels._decay import (
+    age,
+    count_levels,
+    decay,
+    fresh_rows,
+    level_decay,
+    running_sum,
+    same_block,
+    sum_rows,
+    token_decay,
+)
+from attnvariants.kernels._feature_map import map_gradient
+from attnvariants.kernels._tiles import load_slice, locate, product, store_slice
+from attnvariants.kernels._walk import (
+    find_segment,
+    first_slot,
+    load_features,
+    load_log_decay,
+    load_row_scale,
+    load_state,
+    load_sum_until_end,
+    locate_state,
+)
+from attnvariants.kernels.linear_forward import chunk_scores
+
+
+class QueryKeyGradients(NamedTuple):
+    """What the first walk writes."""
+
+    dq: Any  # Strided [B, T, H, K]
+    dk: Any  # Strided [B, T, H, K]
+    dg: Any  # Strided [B, T, H, K], or [slices of K * B, T, H] if per token; None
+
+
+@triton.jit
+def load_slices(states, walk, i_s, i_h, step, dims: tl.constexpr, i_k, NV: tl.constexpr):
+    """A state as a tuple of its slices ``[BV, BK]``."""
+    found = ()
+    for i in tl.static_range(NV):
+        b_s = load_state(states, walk, i_s, i_h, step, dims, i_k, i * dims.BV, True)
+        found = found + (b_s,)
+    return found
+
+
+@triton.jit
+def replay(
+    b_s,
+    k,
+    v,
+    g,
+    walk,
+    i_b,
+    i_h,
+    t,
+    begin,
+    i_k,
+    dims: tl.constexpr,
+    kind: tl.constexpr,
+    NV: tl.constexpr,
+):
+    """The state at token ``t`` from the one at ``begin``, over whole chunks; tuples of slices."""
+    BT: tl.constexpr = dims.BT
+    dtype: tl.constexpr = k.ptr.dtype.element_ty
+    DECAY: tl.constexpr = kind.DECAY
+    MAP: tl.constexpr = kind.FEATURE_MAP
+    for i_t in tl.range(begin, t, BT):
+        rows = fresh_rows(i_t, walk, BT)
+        live = rows < BT
+        b_k = load_features(k, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, MAP)
+        if DECAY is not None:
+            b_g = load_log_decay(g, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, DECAY)
+            b_after = load_sum_until_end(
+                g, i_b, i_h, i_t, rows, i_t + BT, i_k, dims.K, dims.BK, DECAY
+            )
+            b_k = b_k * decay(b_after, dtype)
+        found = ()
+        for i in tl.static_range(NV):
+            p_v = locate(v, i_b, i_h, i_t)
+            b_v = load_slice(p_v, v, rows, live, i * dims.BV, dims.V, dims.BV)
+            b_new = product(tl.trans(b_v), b_k, k)
+            if DECAY is not None:
+                b_new = age(b_s[i], b_new, tl.sum(b_g, 0)[None, :], dtype)
+            else:
+                b_new += b_s[i]
+            found = found + (b_new,)
+        b_s = found
+    return b_s
+
+
+@triton.jit
+def pair_cotangents(a, b, i_b, i_h, t, rows, live, dims: tl.constexpr, like, NV: tl.constexpr):
+    """``a_i . b_j`` for the rows of a chunk, ``[BT, BT]``."""
+    BT: tl.constexpr = dims.BT
+    b_da = tl.zeros([BT, BT], tl.float32)
+    for i in tl.static_range(NV):
+        p_a = locate(a, i_b, i_h, t)
+        p_b = locate(b, i_b, i_h, t)
+        b_a = load_slice(p_a, a, rows, live, i * dims.BV, dims.V, dims.BV)
+        b_b = load_slice(p_b, b, rows, live, i * dims.BV, dims.V, dims.BV)
+        b_da += product(b_a, tl.trans(b_b), like)
+    return b_da
+
+
+@triton.jit
+def add_channel_gradient(
+    b_d,
+    b_dg,
+    b_own,
+    b_other,
+    b_g,
+    b_pairs,
+    walk,
+    like,
+    QUERIES: tl.constexpr,
+    WITH_DG: tl.constexpr,
+):
+    """Adds the gradient of the queries (or else keys) through the scores of pairs i > j.
+
+    ``own`` are these rows, ``other`` the keys (or else queries), all ``[BT, BK]``, and ``pairs``
+    the cotangents of the scores with their own rows first, ``[BT, BT]``. One at a time needs fewer
+    registers than both together.
+    """
+    BT: tl.constexpr = b_own.shape[0]
+    for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
+        rows = fresh_rows(level, walk, BT)
+        b_e, is_query = level_decay(b_g, rows, level, like)
+        is_own = is_query == QUERIES
+        b_sum = product(
+            tl.where(same_block(rows, level), b_pairs, 0.0),
+            tl.where(is_own, 0.0, b_other * b_e),
+            like,
+        )
+        b_part = tl.where(is_own, b_e * b_sum, 0.0)
+        b_d += b_part
+        if WITH_DG:
+            half = rows >> level
+            # A query's flow crosses the rows of its half up to itself, a key's those behind it.
+            if QUERIES:
+                crosses = rows[:, None] <= rows[None, :]
+            else:
+                crosses = rows[:, None] > rows[None, :]
+            crosses = crosses & (half[:, None] == half[None, :])
+            b_dg += sum_rows(crosses, b_own * b_part, like)
+    return b_d, b_dg
+
+
+@triton.jit
+def sum_crossing(b_x, rows, like, FROM_BEFORE: tl.constexpr, KIND: tl.constexpr):
+    """The flow across each row: of what came to rows from before the chunk, or left for behind it.
+
+    ``FROM_BEFORE``: sums over this row and those behind it, else over the rows before it.
+    """
+    if FROM_BEFORE:
+        crosses = rows[None, :] >= rows[:, None]
+    else:
+        crosses = rows[None, :] < rows[:, None]
+    if KIND == "channel":
+        b_sum = sum_rows(crosses, b_x, like)
+    else:
+        b_x = tl.sum(b_x, 1)
+        b_sum = tl.sum(tl.where(crosses, b_x[None, :], 0.0), 1)[:, None]
+    return b_sum
+
+
+@triton.jit
+def linear_backward_qk_kernel(
+    q,  # Strided [B, T, H, K]
+    k,  # Strided [B, T, H, K]
+    v,  # Strided [B, T, H, V]
+    g,  # Strided [B, T, H, K] or [B, T, H]; None
+    do,  # Strided [B, T, H, V], cotangent behind the norm
+    rstd,  # Strided [B, T, H]; None
+    marks,  # [slots of marked, H, K, V], states that were kept; of sequences if not causal; None
+    ends,  # [segments, H, K, V], cotangents of states; of sequences if not causal; None for zeros
+    grads,  # QueryKeyGradients
+    walk,  # Walk
+    marked,  # Walk
+    scale,
+    dims: tl.constexpr,  # Dims; a program takes all of V, BV of it at a time
+    kind: tl.constexpr,  # Kind
+):
+    BT: tl.constexpr = dims.BT
+    BK: tl.constexpr = dims.BK
+    NK: tl.constexpr = (dims.K + BK - 1) // BK
+    NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
+    WITH_DG: tl.constexpr = grads.dg is not None
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
+    DECAY: tl.constexpr = kind.DECAY
+    MAP: tl.constexpr = kind.FEATURE_MAP
+    NORMED: tl.constexpr = rstd is not None
+    i_program = tl.program_id(0)
+    i_slice = i_program % NK
+    i_k = i_slice * BK
+    heads = walk.heads >> 1
+    i_h = i_program // NK % heads
+    i_s = i_program // NK // heads
+    i_n, i_b, _, first, _, begin, end = find_segment(walk, i_s)
+
+    i_end = i_s if kind.CAUSAL else i_n
+    b_ds = load_slices(ends, walk, i_end, i_h, 0, dims, i_k, NV)  # of [BV, BK]
+    chunks = tl.cdiv(end - begin, BT)
+    for n in tl.range(0, chunks):
+        t = begin + (chunks - 1 - n) * BT
+        rows = fresh_rows(t, walk, BT)
+        live = t + rows < end
+        if kind.CAUSAL:
+            stride = marked.span >> 1
+            place_m = (t - first) // stride
+            i_m = first_slot(marked, i_n, first) + place_m
+            b_s = load_slices(marks, walk, i_m, i_h, t, dims, i_k, NV)
+            begin_m = first + place_m * stride
+            b_s = replay(b_s, k, v, g, walk, i_b, i_h, t, begin_m, i_k, dims, kind, NV)
+        else:
+            b_s = load_slices(marks, walk, i_n, i_h, t, dims, i_k, NV)
+        b_dq = tl.zeros([BT, BK], tl.float32)
+        b_dk = tl.zeros([BT, BK], tl.float32)
+        b_through = tl.zeros([BK], tl.float32)
+        for i in tl.static_range(NV):
+            p_v = locate(v, i_b, i_h, t)
+            p_do = locate(do, i_b, i_h, t)
+            b_v = load_slice(p_v, v, rows, live, i * dims.BV, dims.V, dims.BV)
+            b_do = load_slice(p_do, do, rows, live, i * dims.BV, dims.V, dims.BV)
+            b_dq += product(b_do, b_s[i], q)
+            b_dk += product(b_v, b_ds[i], q)
+            b_through += tl.sum(b_s[i] * b_ds[i], 0)
+        b_r = load_row_scale(rstd, scale, i_b, i_h, t, rows, live, NORMED)
+        b_q = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, BK, MAP) * b_r
+        b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, BK, MAP)
+        if DECAY is not None:
+            b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, DECAY)
+            b_before = decay(running_sum(b_g, False), dtype)
+            b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, i_k, dims.K, BK, DECAY)
+            b_total = tl.sum(b_g, 0)[None, :]
+            b_dq = b_dq * b_before
+            b_dk = b_dk * decay(b_after, dtype)
+            if WITH_DG:
+                b_dg = sum_crossing(b_q * b_dq, rows, q, True, DECAY)
+                b_dg += sum_crossing(b_k * b_dk, rows, q, False, DECAY)
+                b_through = b_through[None, :]
+                if DECAY == "token":
+                    b_through = tl.sum(b_through, 1)[:, None]
+                b_dg += decay(b_total, dtype) * b_through
+            else:
+                b_dg = b_dq
+        if kind.CAUSAL:
+            b_da = pair_cotangents(do, v, i_b, i_h, t, rows, live, dims, q, NV)  # queries first
+            if DECAY == "channel":
+                b_own = tl.sum(tl.where(rows[:, None] == rows[None, :], b_da, 0.0), 1)[:, None]
+                b_dq += b_own * b_k
+                b_dk += b_own * b_q
+                b_dq, b_dg = add_channel_gradient(
+                    b_dq, b_dg, b_q, b_k, b_g, b_da, walk, q, True, WITH_DG
+                )
+                b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)  # keys first
+                b_dk, b_dg = add_channel_gradient(
+                    b_dk, b_dg, b_k, b_q, b_g, b_da, walk, q, False, WITH_DG
+                )
+            elif DECAY == "token":
+                b_d = token_decay(b_g, rows, dtype, False)
+                if WITH_DG:
+                    b_flow = product(b_q, tl.trans(b_k), q) * b_d * b_da
+                    b_flow = tl.where(rows[:, None] > rows[None, :], b_flow, 0.0)
+                    b_flow = tl.cumsum(b_flow, 0, reverse=True)
+                    b_flow = tl.where(rows[:, None] > rows[None, :], b_flow, 0.0)
+                    b_dg += tl.sum(b_flow, 1)[:, None]
+                b_dq += product(b_da * b_d, b_k, q)
+                b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)
+                b_dk += product(b_da * token_decay(b_g, rows, dtype, True), b_q, q)
+            else:
+                b_dq += product(tl.where(rows[:, None] >= rows[None, :], b_da, 0.0), b_k, q)
+                b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)
+                b_dk += product(tl.where(rows[:, None] <= rows[None, :], b_da, 0.0), b_q, q)
+            # Late queries have decayed most; sums that begin with them round least.
+            back = BT - 1 - rows
+            live_back = t + back < end
+            b_qd = load_features(q, i_b, i_h, t, back, live_back, i_k, dims.K, BK, MAP)
+            b_qd = b_qd * load_row_scale(rstd, scale, i_b, i_h, t, back, live_back, NORMED)
+            if DECAY is not None:
+                b_g = load_log_decay(g, i_b, i_h, t, back, live_back, i_k, dims.K, BK, DECAY)
+                b_qd = b_qd * decay(running_sum(b_g, True), dtype)
+            found = ()
+            for i in tl.static_range(NV):
+                p_do = locate(do, i_b, i_h, t)
+                b_do = load_slice(p_do, do, back, live_back, i * dims.BV, dims.V, dims.BV)
+                b_new = product(tl.trans(b_do), b_qd, q)
+                if DECAY is not None:
+                    b_new = age(b_ds[i], b_new, b_total, dtype)
+                else:
+                    b_new += b_ds[i]
+                found = found + (b_new,)
+            b_ds = found
+        b_dq = b_dq * b_r
+        if MAP is not None:
+            b_x = load_slice(locate(q, i_b, i_h, t), q, rows, live, i_k, dims.K, BK)
+            b_dq = b_dq * map_gradient(b_x.to(tl.float32), MAP)
+            b_x = load_slice(locate(k, i_b, i_h, t), k, rows, live, i_k, dims.K, BK)
+            b_dk = b_dk * map_gradient(b_x.to(tl.float32), MAP)
+        dq = grads.dq
+        dk = grads.dk
+        dg = grads.dg
+        store_slice(locate(dq, i_b, i_h, t), dq, rows, live, b_dq, i_k, dims.K, BK)
+        store_slice(locate(dk, i_b, i_h, t), dk, rows, live, b_dk, i_k, dims.K, BK)
+        if dg is not None:
+            if DECAY == "channel":
+                store_slice(locate(dg, i_b, i_h, t), dg, rows, live, b_dg, i_k, dims.K, BK)
+            else:  # a batch entry of its own for every slice
+                p_dg = locate(dg, i_b * NK + i_slice, i_h, t) + rows[:, None] * dg.time
+                tl.store(p_dg, b_dg, mask=live[:, None])
+
+
+@triton.jit
+def linear_backward_v_kernel(
+    q,  # Strided [B, T, H, K]
+    k,  # Strided [B, T, H, K]
+    g,  # Strided [B, T, H, K] or [B, T, H]; None
+    do,  # Strided [B, T, H, V]
+    rstd,  # Strided [B, T, H]; None
+    ends,  # [segments, H, K, V], cotangents of states; of sequences if not causal; None for zeros
+    dv,  # Strided [B, T, H, V]
+    dstart,  # [segments, H, K, V], cotangents of the states that segments start from; None
+    walk,  # Walk
+    scale,
+    dims: tl.constexpr,  # Dims, all of K in a tile
+    kind: tl.constexpr,  # Kind
+):
+    BT: tl.constexpr = dims.BT
+    NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
+    DECAY: tl.constexpr = kind.DECAY
+    MAP: tl.constexpr = kind.FEATURE_MAP
+    NORMED: tl.constexpr = rstd is not None
+    i_program = tl.program_id(0)
+    i_v = i_program % NV * dims.BV
+    heads = walk.heads >> 1
+    i_h = i_program // NV % heads
+    i_s = i_program // NV // heads
+    i_n, i_b, _, _, _, begin, end = find_segment(walk, i_s)
+
+    i_end = i_s if kind.CAUSAL else i_n
+    b_ds = load_state(ends, walk, i_end, i_h, 0, dims, 0, i_v, False)  # [BK, BV]
+    chunks = tl.cdiv(end - begin, BT)
+    for n in tl.range(0, chunks):
+        t = begin + (chunks - 1 - n) * BT
+        rows = fresh_rows(t, walk, BT)
+        live = t + rows < end
+        if kind.CAUSAL:
+            b_at = chunk_scores(
+                q, k, g, rstd, scale, walk, i_b, i_h, t, rows, live, dims, kind, True, NORMED
+            )
+        b_k = load_features(k, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, MAP)
+        if DECAY is not None:
+            b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, 0, dims.K, dims.BK, DECAY)
+            b_k = b_k * decay(b_after, dtype)
+        b_dv = product(b_k, b_ds, q)  # [BT, BV]
+        if kind.CAUSAL:
+            b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i_v, dims.V, dims.BV)
+            b_dv += product(b_at, b_do, q)
+            # Late queries have decayed most; sums that begin with them round least.
+            back = BT - 1 - rows
+            live = t + back < end
+            b_do = load_slice(locate(do, i_b, i_h, t), do, back, live, i_v, dims.V, dims.BV)
+            b_q = load_features(q, i_b, i_h, t, back, live, 0, dims.K, dims.BK, MAP)
+            b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, back, live, NORMED)
+            if DECAY is not None:
+                b_g = load_log_decay(g, i_b, i_h, t, back, live, 0, dims.K, dims.BK, DECAY)
+                b_q = b_q * decay(running_sum(b_g, True), dtype)
+                b_ds = age(b_ds, product(tl.trans(b_q), b_do, q), tl.sum(b_g, 0)[:, None], dtype)
+            else:
+                b_ds += product(tl.trans(b_q), b_do, q)
+        store_slice(locate(dv, i_b, i_h, t), dv, rows, t + rows < end, b_dv, i_v, dims.V, dims.BV)
+    if dstart is not None:
+        p_s, mask = locate_state(dstart, walk, i_s, i_h, 0, dims, 0, i_v, False)
+        tl.store(p_s, b_ds, mask=mask)
