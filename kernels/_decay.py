@@ -149,14 +149,21 @@ def add_channel_scores(b_a, b_q, b_k, b_g, walk, like, TRANSPOSED: tl.constexpr)
 
 
 @triton.jit
-def token_decay(b_g, rows, dtype: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """``exp(G_i - G_j)`` for i >= j, else 0, as ``[BT, BT]``, from ``g [BT, 1]``."""
-    if TRANSPOSED:  # along the queries of a key, the sum begins behind the key
-        b_sum = tl.cumsum(tl.where(rows[:, None] < rows[None, :], tl.trans(b_g), 0.0), 1)
-        b_d = tl.where(rows[:, None] <= rows[None, :], decay(b_sum, dtype), 0.0)
-    else:
-        b_sum = tl.cumsum(tl.where(rows[:, None] > rows[None, :], b_g, 0.0), 0)
-        b_d = tl.where(rows[:, None] >= rows[None, :], decay(b_sum, dtype), 0.0)
+def token_decay(b_g, rows, like, TRANSPOSED: tl.constexpr):
+    """``exp(G_i - G_j)`` for i >= j, else 0, as ``[BT, BT]``, from ``g [BT, 1]``.
+
+    Every exponent is a sum of its own rows, as in :func:`sum_rows`: one after the other, additions
+    of a constant decay would all be rounded the same way.
+    """
+    dtype: tl.constexpr = like.ptr.dtype.element_ty
+    up_to = rows[:, None] <= rows[None, :]
+    before = rows[:, None] < rows[None, :]
+    if TRANSPOSED:  # [j, t] times [t, i], for j < t <= i
+        b_sum = sum_rows(before, tl.where(up_to, b_g, 0.0), like)
+        b_d = tl.where(up_to, decay(b_sum, dtype), 0.0)
+    else:  # [i, t] times [t, j]
+        b_sum = sum_rows(rows[:, None] >= rows[None, :], tl.where(up_to, 0.0, b_g), like)
+        b_d = tl.where(before, 0.0, decay(b_sum, dtype))
     return b_d
 
 

@@ -280,7 +280,7 @@ def linear_backward_qk_kernel(
                     b_dk, b_dg, b_k, b_q, b_g, b_da, walk, q, False, WITH_DG
                 )
             elif DECAY == "token":
-                b_d = token_decay(b_g, rows, dtype, False)
+                b_d = token_decay(b_g, rows, q, False)
                 if WITH_DG:
                     b_flow = product(b_q, tl.trans(b_k), q) * b_d * b_da
                     b_flow = tl.where(rows[:, None] > rows[None, :], b_flow, 0.0)
@@ -289,7 +289,7 @@ def linear_backward_qk_kernel(
                     b_dg += tl.sum(b_flow, 1)[:, None]
                 b_dq += product(b_da * b_d, b_k, q)
                 b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)
-                b_dk += product(b_da * token_decay(b_g, rows, dtype, True), b_q, q)
+                b_dk += product(b_da * token_decay(b_g, rows, q, True), b_q, q)
             else:
                 b_dq += product(tl.where(rows[:, None] >= rows[None, :], b_da, 0.0), b_k, q)
                 b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)

@@ -59,7 +59,6 @@ def chunk_scores(
     """
     BT: tl.constexpr = dims.BT
     BC: tl.constexpr = dims.BC
-    dtype: tl.constexpr = q.ptr.dtype.element_ty
     DECAY: tl.constexpr = kind.DECAY
     MAP: tl.constexpr = kind.FEATURE_MAP
     b_a = tl.zeros([BT, BT], tl.float32)
@@ -76,7 +75,7 @@ def chunk_scores(
             b_a += product(b_q, tl.trans(b_k), q)
     if DECAY == "token":
         b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, BC, "token")
-        b_a = b_a * token_decay(b_g, rows, dtype, T)
+        b_a = b_a * token_decay(b_g, rows, q, T)
     elif DECAY is None:
         if T:
             b_a = tl.where(rows[:, None] <= rows[None, :], b_a, 0.0)
