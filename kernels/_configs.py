@@ -62,7 +62,7 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
             256: Config(64, 32, 8, 2),
         },
         "float32": {
-            64: Config(32, 32, 8, 2),
+            64: Config(32, 32, 4, 2),
             128: Config(32, 16, 8, 1),
             256: Config(16, 32, 8, 2),
         },
@@ -73,17 +73,17 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
     },
     "softmax_backward_dq": {
         "blackwell": {
-            64: Config(128, 64, 4, 2),
+            64: Config(128, 64, 8, 2),
             128: Config(128, 64, 8, 2),
             256: Config(64, 32, 8, 2),
         },
         "hopper": {
             64: Config(128, 64, 8, 2),
-            128: Config(128, 64, 8, 2),
+            128: Config(128, 32, 8, 2),
             256: Config(64, 32, 8, 2),
         },
         "ampere": {
-            64: Config(128, 64, 8, 2),
+            64: Config(64, 64, 8, 2),
             128: Config(64, 32, 4, 2),
             256: Config(64, 32, 8, 1),
         },
@@ -93,14 +93,14 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
             256: Config(32, 32, 8, 1),
         },
         "float32": {
-            64: Config(32, 32, 8, 1),
-            128: Config(32, 16, 8, 1),
+            64: Config(32, 16, 8, 1),
+            128: Config(16, 16, 8, 1),
             256: Config(16, 32, 8, 2),
         },
     },
     "softmax_backward_dkdv": {
         "blackwell": {
-            64: Config(64, 128, 8, 2),
+            64: Config(32, 128, 8, 2),
             128: Config(64, 128, 8, 2),
             256: Config(32, 32, 8, 2),
         },
@@ -120,7 +120,7 @@ _TABLES: dict[str, dict[str, dict[int, Config]]] = {
             256: Config(32, 32, 8, 1),
         },
         "float32": {
-            64: Config(32, 32, 8, 1),
+            64: Config(32, 16, 8, 1),
             128: Config(16, 32, 8, 1),
             256: Config(16, 16, 8, 1),
         },
