@@ -21,7 +21,8 @@ inline int64_t tiles_per_part(
   const int64_t largest = *std::max_element(tiles.begin(), tiles.end());
   std::vector<std::pair<int64_t, int64_t>> kinds;  // tiles, heads
   for (int64_t n : tiles) {
-    auto same = std::find_if(kinds.begin(), kinds.end(), [n](auto& kind) { return kind.first == n; });
+    auto same =
+        std::find_if(kinds.begin(), kinds.end(), [n](auto& kind) { return kind.first == n; });
     if (same == kinds.end()) kinds.emplace_back(n, 1);
     else ++same->second;
   }
