@@ -33,7 +33,7 @@ TRITON_FUNCTIONS = frozenset(
     }
 )
 _NONE: Mapping[str, str] = MappingProxyType({})
-CUDA_FUNCTIONS: frozenset[str] = frozenset()
+CUDA_FUNCTIONS = frozenset({"attention_decode", "linear_attention_decode"})
 
 
 class Availability(NamedTuple):
