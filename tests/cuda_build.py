@@ -30,7 +30,7 @@ WARNINGS = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]  # g++ does not know #pr
 
 def compile_for_cpu(sources: Sequence[Path], target: Path, *flags: str) -> None:
     """Compiles CUDA C++ with g++; its threads are fibers."""
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", *WARNINGS]
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-pthread", "-U_FORTIFY_SOURCE", *WARNINGS]
     command += [f"-I{EMULATION}", *flags, "-x", "c++", *map(str, sources), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

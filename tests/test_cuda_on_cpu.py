@@ -47,6 +47,23 @@ def test_a_missing_barrier_shows(library: Path, order: int) -> None:
     assert found.isnan().any()
 
 
+def test_blocks_overlap(library: Path) -> None:
+    """A block that arrives before it has written is found out in some order, not in ascending."""
+    code, x = ctypes.CDLL(str(library)), torch.ones(6, 64)
+    for barrier in (True, False):
+        right = []
+        for order in range(40):
+            parts, out = torch.full_like(x, torch.nan), torch.zeros(1)
+            arrived = torch.zeros(1, dtype=torch.int32)
+            code.cuda_on_cpu_order(order)
+            code.run_sum_of_blocks(
+                *(6, 64, _pointer(x), _pointer(parts), _pointer(arrived), _pointer(out), barrier)
+            )
+            right.append(out.item() == x.sum())
+        assert right[0]
+        assert all(right) == barrier
+
+
 def test_shuffles_votes_and_atomics(library: Path) -> None:
     out = torch.zeros(8 * 64 + 1, dtype=torch.int32)
     ctypes.CDLL(str(library)).run_warp_functions(_pointer(out))

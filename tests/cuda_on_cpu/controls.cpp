@@ -10,9 +10,9 @@ extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) {
 }
 
 // The order in which threads and blocks run: 0 is ascending, any other number a random one.
-extern "C" void cuda_on_cpu_order(unsigned seed) { cuda_on_cpu::state().seed = seed; }
+extern "C" void cuda_on_cpu_order(unsigned seed) { cuda_on_cpu::settings.seed = seed; }
 
-extern "C" void cuda_on_cpu_processors(int count) { cuda_on_cpu::state().processors = count; }
+extern "C" void cuda_on_cpu_processors(int count) { cuda_on_cpu::settings.processors = count; }
 
 // tiles_per_part of csrc/split_plan.h.
 extern "C" long long split_plan(

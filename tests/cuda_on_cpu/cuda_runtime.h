@@ -15,7 +15,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ thread_local  // one block runs at a time; legal behind `extern` as well
+#define __shared__ thread_local  // a block runs in one CPU thread; legal behind `extern` as well
 
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
@@ -46,6 +46,7 @@ template <typename T>
 T atomicAdd(T* address, T value) {
   const T old = *address;
   *address = old + value;
+  cuda_on_cpu::pass_turn();
   return old;
 }
 
@@ -53,6 +54,7 @@ template <typename T>
 T atomicMax(T* address, T value) {
   const T old = *address;
   *address = old < value ? value : old;
+  cuda_on_cpu::pass_turn();
   return old;
 }
 
@@ -60,6 +62,7 @@ template <typename T>
 T atomicExch(T* address, T value) {
   const T old = *address;
   *address = value;
+  cuda_on_cpu::pass_turn();
   return old;
 }
 
@@ -88,7 +91,7 @@ inline cudaError_t cudaGetDevice(int* device) { *device = -1; return cudaSuccess
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = cuda_on_cpu::state().processors;
+  *value = cuda_on_cpu::settings.processors;
   return cudaSuccess;
 }
 

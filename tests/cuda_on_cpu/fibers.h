@@ -1,13 +1,15 @@
-// Runs the threads of one CUDA block as fibers of one CPU thread, block after block.
+// Runs the threads of one CUDA block as fibers of one CPU thread.
 //
 // A fiber runs until it waits: at __syncthreads for the whole block, at a shuffle, a vote or
 // __syncwarp for its warp. When all have run, the barriers that everyone concerned has reached
 // open. A barrier that some reach and others do not, or that they reach in different lines, ends
 // the process with a message.
 //
-// Threads run in ascending order, or in an order drawn anew between any two barriers, and blocks
-// likewise: results that then change betray a missing barrier, or a dependence between blocks.
-// What this cannot show: missing memory fences, and blocks that overlap in time.
+// Blocks and their threads run in ascending order, one block after the other; or in an order drawn
+// anew between any two barriers, with several blocks under way, of which a random one goes on
+// after every atomic operation and __syncthreads. Results that then change betray a missing
+// barrier, or a block that relies on how far others are. Only one fiber runs at any time, so that
+// the same seed gives the same order. Missing memory fences cannot show here.
 
 #pragma once
 
@@ -15,13 +17,16 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <vector>
 
 struct dim3 {
@@ -29,7 +34,7 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
 
 // Dynamic shared memory, NaN when a block starts. Kernels declare it outside of any namespace:
 // extern __shared__ unsigned char dynamic_shared[];
@@ -40,7 +45,8 @@ namespace cuda_on_cpu {
 
 inline constexpr int kWarp = 32;
 inline constexpr int kMaxThreads = 1024;
-inline constexpr size_t kStack = 128 * 1024;
+inline constexpr size_t kStack = 64 * 1024;
+inline constexpr int kBlocksUnderWay = 3;
 
 enum class Wait { kNone, kWarp, kBlock };
 
@@ -57,20 +63,68 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
 };
 
+struct Settings {
+  unsigned seed = 0;   // 0: ascending order
+  int processors = 3;  // what a launch that shares out work is told
+};
+
+inline Settings settings;
+
+// Whose turn it is among the CPU threads of a launch, each of which has one block under way.
+class Turns {
+ public:
+  Turns(unsigned seed, int workers) : random_(seed), workers_(workers) {
+    std::iota(workers_.begin(), workers_.end(), 0);
+    holder_ = pick();
+  }
+
+  void wait_for(int worker) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return holder_ == worker; });
+  }
+
+  void pass(int worker) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    holder_ = pick();
+    if (holder_ == worker) return;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return holder_ == worker; });
+  }
+
+  void leave(int worker) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    workers_.erase(std::find(workers_.begin(), workers_.end(), worker));
+    if (!workers_.empty()) holder_ = pick();
+    changed_.notify_all();
+  }
+
+  std::mt19937& random() { return random_; }  // for whose turn it is
+
+ private:
+  int pick() { return workers_[random_() % workers_.size()]; }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::mt19937 random_;
+  std::vector<int> workers_;  // that still have blocks to run
+  int holder_;
+};
+
 struct State {
   std::vector<Fiber> fibers;
   Fiber* current = nullptr;
   jmp_buf scheduler;
   std::function<void()> body;
-  unsigned seed = 0;   // 0: ascending order
-  int processors = 3;  // what a launch that shares out work is told
-  std::mt19937 random;
+  Turns* turns = nullptr;
+  int worker = 0;
 };
 
-inline State& state() {
-  static State* instance = new State;
-  return *instance;
-}
+inline thread_local State* own_state = nullptr;
+
+inline State& state() { return *own_state; }
+
+// Lets another block go on, perhaps.
+inline void pass_turn() { state().turns->pass(state().worker); }
 
 [[noreturn]] inline void fail(const char* what, const Fiber& a, const Fiber& b) {
   auto describe = [](const Fiber& f) {
@@ -135,11 +189,12 @@ inline void open_barriers(int threads) {
       fail("warps diverge at __syncthreads", s.fibers[0], s.fibers[i]);
   }
   for (int i = 0; i < threads; ++i) s.fibers[i].wait = Wait::kNone;
+  pass_turn();
 }
 
-inline void run_block(int threads) {
+inline void run_block(int threads, size_t dynamic_bytes) {
   State& s = state();
-  std::memset(dynamic_shared, 0xff, sizeof dynamic_shared);
+  std::memset(dynamic_shared, 0xff, dynamic_bytes);
   for (int i = 0; i < threads; ++i) {
     Fiber& f = s.fibers[i];
     f.started = f.done = false;
@@ -158,7 +213,7 @@ inline void run_block(int threads) {
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
   for (;;) {
-    if (s.seed) std::shuffle(order.begin(), order.end(), s.random);
+    if (settings.seed) std::shuffle(order.begin(), order.end(), s.turns->random());
     bool done = true;
     for (int i : order) {
       Fiber& f = s.fibers[i];
@@ -171,24 +226,40 @@ inline void run_block(int threads) {
 }
 
 inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> body) {
-  State& s = state();
   const unsigned threads = block.x * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || dynamic_bytes > kDynamicSharedBytes) {
     std::fprintf(stderr, "cuda_on_cpu: a launch that no device would take\n");
     std::abort();
   }
-  if (s.fibers.size() < threads) s.fibers.resize(threads);
-  gridDim = grid;
-  blockDim = block;
-  s.body = std::move(body);
-  s.random.seed(s.seed);
-  std::vector<unsigned> blocks(size_t{grid.x} * grid.y * grid.z);
+  const size_t count = size_t{grid.x} * grid.y * grid.z;
+  const int workers = settings.seed ? kBlocksUnderWay : 1;
+  Turns turns(settings.seed, workers);
+  std::vector<unsigned> blocks(count);
   std::iota(blocks.begin(), blocks.end(), 0u);
-  if (s.seed) std::shuffle(blocks.begin(), blocks.end(), s.random);
-  for (unsigned i : blocks) {
-    blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
-    run_block(static_cast<int>(threads));
-  }
+  if (settings.seed) std::shuffle(blocks.begin(), blocks.end(), turns.random());
+  size_t next = 0;
+  auto work = [&](int worker) {
+    static std::vector<std::unique_ptr<State>> states(kBlocksUnderWay);  // keep their stacks
+    turns.wait_for(worker);
+    if (!states[worker]) states[worker].reset(new State);
+    own_state = states[worker].get();
+    own_state->turns = &turns;
+    own_state->worker = worker;
+    own_state->body = body;
+    if (own_state->fibers.size() < threads) own_state->fibers.resize(threads);
+    gridDim = grid;
+    blockDim = block;
+    while (next < count) {
+      const unsigned i = blocks[next++];
+      blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+      run_block(static_cast<int>(threads), dynamic_bytes);
+    }
+    turns.leave(worker);
+  };
+  if (workers == 1) return work(0);
+  std::vector<std::thread> pool;
+  for (int worker = 0; worker < workers; ++worker) pool.emplace_back(work, worker);
+  for (std::thread& thread : pool) thread.join();
 }
 
 // Offers a value to the warp, waits for it, and returns what lane `source(lane)` offered. The two
