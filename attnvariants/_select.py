@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -32,7 +34,8 @@ TRITON_FUNCTIONS = frozenset(
         "linear_attention_decode",
     }
 )
-CUDA_FUNCTIONS: frozenset[str] = frozenset()
+_NONE: Mapping[str, str] = MappingProxyType({})
+CUDA_FUNCTIONS = frozenset({"attention_decode", "linear_attention_decode"})
 
 
 _OLDEST = (8, 0)  # compute capability of Ampere
@@ -58,8 +61,16 @@ def implementations() -> dict[str, dict[str, Availability]]:
     }
 
 
-def select(function: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
+def select(
+    function: str,
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    obstacles: Mapping[str, str] = _NONE,
+) -> str:
     """Resolves ``impl`` for tensors of ``dtype`` on ``device``.
+
+    ``obstacles`` says why this very call is not for some implementation, where it is not.
 
     An explicit choice never falls back. ``"auto"`` never takes Triton's interpreter, which is for
     tests.
@@ -73,10 +84,14 @@ def select(function: str, impl: str, device: torch.device, dtype: torch.dtype) -
         raise ValueError(f"{function}: impl must be one of {listing}, got {impl!r}")
     if impl in ("eager", "reference"):
         return impl
-    usable = (name for name in IMPLEMENTATIONS if not _obstacle(function, name, device, dtype))
+
+    def obstacle_of(name: str) -> str:
+        return obstacles.get(name, "") or _obstacle(function, name, device, dtype)
+
+    usable = (name for name in IMPLEMENTATIONS if not obstacle_of(name))
     if impl == "auto":
         return next(name for name in usable if not (name == "triton" and interpreting()))
-    obstacle = _obstacle(function, impl, device, dtype)
+    obstacle = obstacle_of(impl)
     if obstacle:
         raise NotImplementedError(
             f"{function}: impl={impl!r} cannot serve this call: {obstacle}. "

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
 from attnvariants import implementations
-from attnvariants._select import FUNCTIONS, IMPLEMENTATIONS, TRITON_FUNCTIONS, select
+from attnvariants._select import (
+    CUDA_FUNCTIONS,
+    FUNCTIONS,
+    IMPLEMENTATIONS,
+    TRITON_FUNCTIONS,
+    select,
+)
 
 CPU, F32 = torch.device("cpu"), torch.float32
 
@@ -51,6 +59,14 @@ def test_kernels_without_a_device_say_how_to_run_them(
     entry = implementations()[function]["triton"]
     assert entry.usable == torch.cuda.is_available()
     assert entry.usable or "set TRITON_INTERPRET=1 before import" in entry.reason
+
+
+@pytest.mark.parametrize("function", sorted(CUDA_FUNCTIONS))
+def test_cuda_kernels_without_the_extension_say_how_to_build_it(function: str) -> None:
+    if importlib.util.find_spec("attnvariants._C") is not None:
+        pytest.skip("the extension is built")
+    with pytest.raises(NotImplementedError, match=r"the extension is not built.*These can"):
+        select(function, "cuda", CPU, F32)
 
 
 def test_unknown_names_are_refused() -> None:

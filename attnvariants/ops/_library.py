@@ -27,6 +27,14 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     torch.library.register_fake(f"attnvariants::{name}", fake, lib=_library)
 
 
+def declare(schema: str) -> None:
+    """Defines an operator that the extension ``attnvariants._C`` implements for CUDA tensors.
+
+    Only implementations behind a registered operator call it, so it needs no shape function.
+    """
+    _library.define(schema)
+
+
 def call_reference(definition: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
     """Calls a definition, which chooses its own precision, with autocast off."""
     device = tensors[0].device

@@ -15,10 +15,12 @@ from attnvariants.ops._library import call_reference, register
 from attnvariants.ops.softmax import GATE_ACTIVATIONS
 
 MAX_STEPS = 8
+_MAX_KV_HEADS = 128  # of csrc/softmax_decode.h
 
 _ENGINES = {
     "eager": "attnvariants.eager.softmax_decode",
     "triton": "attnvariants.kernels.softmax_decode",
+    "cuda": "attnvariants.ops._cuda_softmax_decode",
 }
 
 
@@ -99,7 +101,7 @@ def attention_decode(
     if gate is not None:
         accepted = (dtype, _checks.state_dtype(dtype))
         _checks.dtype_among("attention_decode", "gate", gate, accepted)
-    impl = select("attention_decode", impl, q.device, dtype)
+    impl = select("attention_decode", impl, q.device, dtype, _obstacles(cache))
     cache.reserve("attention_decode", steps)
 
     if impl == "reference":
@@ -118,6 +120,14 @@ def attention_decode(
     )
     cache.advance(steps)
     return (out, AttentionStats(row_max.amax((0, 1)), lse)) if return_stats else out
+
+
+def _obstacles(cache: KVCache) -> dict[str, str]:
+    if cache.num_kv_heads > _MAX_KV_HEADS:
+        return {"cuda": f"it takes up to {_MAX_KV_HEADS} KV heads, got {cache.num_kv_heads}"}
+    if not (cache.k.is_contiguous() and cache.v.is_contiguous() and cache.lengths.is_contiguous()):
+        return {"cuda": "it takes a cache with contiguous buffers"}
+    return {}
 
 
 def _implementation(

@@ -16,6 +16,7 @@ from attnvariants.recurrent_state import RecurrentState
 _ENGINES = {
     "eager": "attnvariants.eager.linear_decode",
     "triton": "attnvariants.kernels.linear_decode",
+    "cuda": "attnvariants.ops._cuda_linear_decode",
 }
 
 

@@ -1,0 +1,21 @@
+// What a CPU build of torch lacks for the extension, and what tests set, through ctypes.
+
+#include <cuda_runtime.h>
+
+#include "../../csrc/split_plan.h"
+
+extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+// The order in which threads and blocks run: 0 is ascending, any other number a random one.
+extern "C" void cuda_on_cpu_order(unsigned seed) { cuda_on_cpu::settings.seed = seed; }
+
+extern "C" void cuda_on_cpu_processors(int count) { cuda_on_cpu::settings.processors = count; }
+
+// tiles_per_part of csrc/split_plan.h.
+extern "C" long long split_plan(
+    const long long* tiles, int heads, long long parallel, long long resident) {
+  return attnvariants::tiles_per_part({tiles, tiles + heads}, parallel, resident);
+}

@@ -1,0 +1,117 @@
+// What the sources in csrc/ use of CUDA, for g++: found instead of the toolkit's header of this
+// name. See fibers.h for what runs the threads.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "fibers.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) __attribute__((aligned(n)))
+#define __shared__ thread_local  // a block runs in one CPU thread; legal behind `extern` as well
+
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+
+#define CUDA_ON_CPU_HERE __FILE__, __LINE__
+#define __syncthreads() cuda_on_cpu::wait(cuda_on_cpu::Wait::kBlock, CUDA_ON_CPU_HERE)
+#define __syncwarp() cuda_on_cpu::wait(cuda_on_cpu::Wait::kWarp, CUDA_ON_CPU_HERE)
+#define __shfl_sync(mask, value, source) \
+  cuda_on_cpu::exchange(mask, value, [&](int) { return (source) & 31; }, CUDA_ON_CPU_HERE)
+#define __shfl_xor_sync(mask, value, bits) \
+  cuda_on_cpu::exchange(mask, value, [&](int lane) { return lane ^ (bits); }, CUDA_ON_CPU_HERE)
+#define __shfl_down_sync(mask, value, by) \
+  cuda_on_cpu::exchange(                  \
+      mask, value, [&](int lane) { return cuda_on_cpu::shifted(lane, (by)); }, CUDA_ON_CPU_HERE)
+#define __shfl_up_sync(mask, value, by) \
+  cuda_on_cpu::exchange(                \
+      mask, value, [&](int lane) { return cuda_on_cpu::shifted(lane, -(by)); }, CUDA_ON_CPU_HERE)
+#define __ballot_sync(mask, vote) cuda_on_cpu::ballot(mask, vote, CUDA_ON_CPU_HERE)
+#define __any_sync(mask, vote) (__ballot_sync(mask, vote) != 0)
+#define __all_sync(mask, vote) (__ballot_sync(mask, !(vote)) == 0)
+
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address = old + value;
+  cuda_on_cpu::pass_turn();
+  return old;
+}
+
+template <typename T>
+T atomicMax(T* address, T value) {
+  const T old = *address;
+  *address = old < value ? value : old;
+  cuda_on_cpu::pass_turn();
+  return old;
+}
+
+template <typename T>
+T atomicExch(T* address, T value) {
+  const T old = *address;
+  *address = value;
+  cuda_on_cpu::pass_turn();
+  return old;
+}
+
+template <typename T>
+T __ldg(const T* address) { return *address; }
+template <typename T>
+T __ldcg(const T* address) { return *address; }
+template <typename T>
+T __ldcs(const T* address) { return *address; }
+
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline int __float_as_int(float x) { int y; std::memcpy(&y, &x, 4); return y; }
+inline float __int_as_float(int x) { float y; std::memcpy(&y, &x, 4); return y; }
+inline float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
+template <typename T>
+constexpr T min(T a, T b) { return b < a ? b : a; }
+template <typename T>
+constexpr T max(T a, T b) { return a < b ? b : a; }
+
+enum cudaError_t { cudaSuccess = 0 };
+using cudaStream_t = void*;
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetDevice(int* device) { *device = -1; return cudaSuccess; }  // torch's CPU
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = cuda_on_cpu::settings.processors;
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 2;
+  return cudaSuccess;
+}
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(
+    const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  cuda_on_cpu::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                        [&] { kernel(arguments...); });
+  return cudaSuccess;
+}
+

@@ -1,0 +1,308 @@
+// Runs the threads of one CUDA block as fibers of one CPU thread.
+//
+// A fiber runs until it waits: at __syncthreads for the whole block, at a shuffle, a vote or
+// __syncwarp for its warp. When all have run, the barriers that everyone concerned has reached
+// open. A barrier that some reach and others do not, or that they reach in different lines, ends
+// the process with a message.
+//
+// Blocks and their threads run in ascending order, one block after the other; or in an order drawn
+// anew between any two barriers, with several blocks under way, of which a random one goes on
+// after every atomic operation and __syncthreads. Results that then change betray a missing
+// barrier, or a block that relies on how far others are. Only one fiber runs at any time, so that
+// the same seed gives the same order. Missing memory fences cannot show here.
+
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <thread>
+#include <vector>
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
+
+// Dynamic shared memory, NaN when a block starts. Kernels declare it outside of any namespace:
+// extern __shared__ unsigned char dynamic_shared[];
+inline constexpr size_t kDynamicSharedBytes = 227 * 1024;
+alignas(128) inline thread_local unsigned char dynamic_shared[kDynamicSharedBytes];
+
+namespace cuda_on_cpu {
+
+inline constexpr int kWarp = 32;
+inline constexpr int kMaxThreads = 1024;
+inline constexpr size_t kStack = 64 * 1024;
+inline constexpr int kBlocksUnderWay = 3;
+
+enum class Wait { kNone, kWarp, kBlock };
+
+struct Fiber {
+  ucontext_t entry;   // used once, to get onto the fiber's stack
+  jmp_buf registers;  // used from then on: swapcontext would be a system call each time
+  bool started, done;
+  Wait wait;
+  const char* file;  // where it waits
+  int line;
+  dim3 thread;
+  unsigned exchanges;             // shuffles and votes so far
+  unsigned long long offered[2];  // to the other lanes, by the parity of `exchanges`
+  std::unique_ptr<char[]> stack;
+};
+
+struct Settings {
+  unsigned seed = 0;   // 0: ascending order
+  int processors = 3;  // what a launch that shares out work is told
+};
+
+inline Settings settings;
+
+// Whose turn it is among the CPU threads of a launch, each of which has one block under way.
+class Turns {
+ public:
+  Turns(unsigned seed, int workers) : random_(seed), workers_(workers) {
+    std::iota(workers_.begin(), workers_.end(), 0);
+    holder_ = pick();
+  }
+
+  void wait_for(int worker) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return holder_ == worker; });
+  }
+
+  void pass(int worker) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    holder_ = pick();
+    if (holder_ == worker) return;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return holder_ == worker; });
+  }
+
+  void leave(int worker) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    workers_.erase(std::find(workers_.begin(), workers_.end(), worker));
+    if (!workers_.empty()) holder_ = pick();
+    changed_.notify_all();
+  }
+
+  std::mt19937& random() { return random_; }  // for whose turn it is
+
+ private:
+  int pick() { return workers_[random_() % workers_.size()]; }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::mt19937 random_;
+  std::vector<int> workers_;  // that still have blocks to run
+  int holder_;
+};
+
+struct State {
+  std::vector<Fiber> fibers;
+  Fiber* current = nullptr;
+  jmp_buf scheduler;
+  std::function<void()> body;
+  Turns* turns = nullptr;
+  int worker = 0;
+};
+
+inline thread_local State* own_state = nullptr;
+
+inline State& state() { return *own_state; }
+
+// Lets another block go on, perhaps.
+inline void pass_turn() { state().turns->pass(state().worker); }
+
+[[noreturn]] inline void fail(const char* what, const Fiber& a, const Fiber& b) {
+  auto describe = [](const Fiber& f) {
+    std::fprintf(stderr, "  thread (%u, %u, %u) ", f.thread.x, f.thread.y, f.thread.z);
+    if (f.done) std::fprintf(stderr, "has returned\n");
+    else std::fprintf(stderr, "waits at %s:%d\n", f.file, f.line);
+  };
+  std::fprintf(stderr, "cuda_on_cpu: %s in block (%u, %u, %u)\n", what, blockIdx.x, blockIdx.y,
+               blockIdx.z);
+  describe(a);
+  describe(b);
+  std::abort();
+}
+
+inline void enter() {
+  State& s = state();
+  s.body();
+  s.current->done = true;
+  _longjmp(s.scheduler, 1);
+}
+
+inline void wait(Wait kind, const char* file, int line) {
+  State& s = state();
+  Fiber* self = s.current;
+  self->wait = kind;
+  self->file = file;
+  self->line = line;
+  if (!_setjmp(self->registers)) _longjmp(s.scheduler, 1);
+}
+
+__attribute__((noinline)) inline void resume(Fiber& fiber) {
+  State& s = state();
+  s.current = &fiber;
+  threadIdx = fiber.thread;
+  if (_setjmp(s.scheduler)) return;
+  if (fiber.started) _longjmp(fiber.registers, 1);
+  fiber.started = true;
+  setcontext(&fiber.entry);
+}
+
+// Every fiber has returned or waits for the same kind of barrier in the same line.
+inline bool together(const Fiber& a, const Fiber& b) {
+  return a.done == b.done && a.wait == b.wait && a.line == b.line && !std::strcmp(a.file, b.file);
+}
+
+inline void open_barriers(int threads) {
+  State& s = state();
+  bool opened = false;
+  for (int first = 0; first < threads; first += kWarp) {
+    const int end = std::min(first + kWarp, threads);
+    for (int i = first + 1; i < end; ++i) {
+      if (!together(s.fibers[first], s.fibers[i]))
+        fail("threads of a warp diverge at a barrier", s.fibers[first], s.fibers[i]);
+    }
+    if (s.fibers[first].done || s.fibers[first].wait != Wait::kWarp) continue;
+    for (int i = first; i < end; ++i) s.fibers[i].wait = Wait::kNone;
+    opened = true;
+  }
+  if (opened) return;
+  for (int i = kWarp; i < threads; i += kWarp) {
+    if (!together(s.fibers[0], s.fibers[i]))
+      fail("warps diverge at __syncthreads", s.fibers[0], s.fibers[i]);
+  }
+  for (int i = 0; i < threads; ++i) s.fibers[i].wait = Wait::kNone;
+  pass_turn();
+}
+
+inline void run_block(int threads, size_t dynamic_bytes) {
+  State& s = state();
+  std::memset(dynamic_shared, 0xff, dynamic_bytes);
+  for (int i = 0; i < threads; ++i) {
+    Fiber& f = s.fibers[i];
+    f.started = f.done = false;
+    f.wait = Wait::kNone;
+    f.file = "";
+    f.line = 0;
+    f.exchanges = 0;
+    f.thread = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    if (!f.stack) f.stack.reset(new char[kStack]);
+    getcontext(&f.entry);
+    f.entry.uc_stack.ss_sp = f.stack.get();
+    f.entry.uc_stack.ss_size = kStack;
+    f.entry.uc_link = nullptr;
+    makecontext(&f.entry, enter, 0);
+  }
+  std::vector<int> order(threads);
+  std::iota(order.begin(), order.end(), 0);
+  for (;;) {
+    if (settings.seed) std::shuffle(order.begin(), order.end(), s.turns->random());
+    bool done = true;
+    for (int i : order) {
+      Fiber& f = s.fibers[i];
+      if (!f.done && f.wait == Wait::kNone) resume(f);
+      done = done && f.done;
+    }
+    if (done) return;
+    open_barriers(threads);
+  }
+}
+
+inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> body) {
+  const unsigned threads = block.x * block.y * block.z;
+  if (threads == 0 || threads > kMaxThreads || dynamic_bytes > kDynamicSharedBytes) {
+    std::fprintf(stderr, "cuda_on_cpu: a launch that no device would take\n");
+    std::abort();
+  }
+  const size_t count = size_t{grid.x} * grid.y * grid.z;
+  const int workers = settings.seed ? kBlocksUnderWay : 1;
+  Turns turns(settings.seed, workers);
+  std::vector<unsigned> blocks(count);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  if (settings.seed) std::shuffle(blocks.begin(), blocks.end(), turns.random());
+  size_t next = 0;
+  auto work = [&](int worker) {
+    static std::vector<std::unique_ptr<State>> states(kBlocksUnderWay);  // keep their stacks
+    turns.wait_for(worker);
+    if (!states[worker]) states[worker].reset(new State);
+    own_state = states[worker].get();
+    own_state->turns = &turns;
+    own_state->worker = worker;
+    own_state->body = body;
+    if (own_state->fibers.size() < threads) own_state->fibers.resize(threads);
+    gridDim = grid;
+    blockDim = block;
+    while (next < count) {
+      const unsigned i = blocks[next++];
+      blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+      run_block(static_cast<int>(threads), dynamic_bytes);
+    }
+    turns.leave(worker);
+  };
+  if (workers == 1) return work(0);
+  std::vector<std::thread> pool;
+  for (int worker = 0; worker < workers; ++worker) pool.emplace_back(work, worker);
+  for (std::thread& thread : pool) thread.join();
+}
+
+// Offers a value to the warp, waits for it, and returns what lane `source(lane)` offered. The two
+// buffers make one barrier enough: whoever writes one again has met all who still had to read it.
+template <typename T, typename Source>
+T exchange(unsigned mask, T value, Source source, const char* file, int line) {
+  static_assert(sizeof(T) <= sizeof(unsigned long long));
+  State& s = state();
+  Fiber* self = s.current;
+  if (mask != 0xffffffffu) {
+    std::fprintf(stderr, "cuda_on_cpu: %s:%d: only full warps are supported\n", file, line);
+    std::abort();
+  }
+  const unsigned parity = self->exchanges++ & 1;
+  std::memcpy(&self->offered[parity], &value, sizeof(T));
+  wait(Wait::kWarp, file, line);
+  const long index = self - s.fibers.data(), lane = index % kWarp;
+  const long threads = static_cast<long>(blockDim.x) * blockDim.y * blockDim.z;
+  const long other = index - lane + source(static_cast<int>(lane));
+  const Fiber& from = other < threads ? s.fibers[other] : *self;
+  T result;
+  std::memcpy(&result, &from.offered[parity], sizeof(T));
+  return result;
+}
+
+// Lanes without a partner keep their own value.
+inline int shifted(int lane, int by) {
+  return lane + by >= 0 && lane + by < kWarp ? lane + by : lane;
+}
+
+inline unsigned ballot(unsigned mask, bool vote, const char* file, int line) {
+  unsigned votes = 0;
+  State& s = state();
+  const long first = (s.current - s.fibers.data()) / kWarp * kWarp;
+  const unsigned parity = s.current->exchanges & 1;
+  exchange(mask, static_cast<int>(vote), [](int lane) { return lane; }, file, line);
+  const long threads = static_cast<long>(blockDim.x) * blockDim.y * blockDim.z;
+  for (long i = first; i < std::min(first + kWarp, threads); ++i) {
+    int other;
+    std::memcpy(&other, &s.fibers[i].offered[parity], sizeof other);
+    votes |= static_cast<unsigned>(other != 0) << (i - first);
+  }
+  return votes;
+}
+
+}  // namespace cuda_on_cpu

@@ -1,0 +1,295 @@
+"""The CUDA C++ decode kernel for softmax attention, its threads run as fibers on the CPU.
+
+These are the sources, the binding and the Python side that serve ``impl="cuda"``; only the
+compiler, the device and the dispatch key are others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from cuda_build import cuda_on_cpu
+from decode_checks import F32, assert_decodes, cut, decode, draw, make_cache, whole
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+
+from attnvariants import KVCache, attention_decode
+from attnvariants._verify import within
+from attnvariants.ops import _cuda, _cuda_softmax_decode
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def controls(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
+    with cuda_on_cpu(monkeypatch) as library:
+        yield library
+
+
+@pytest.mark.parametrize("prompt", [0, 5, 6, 7, 31])
+@pytest.mark.parametrize("window", [1, (None, 6)])
+def test_single_tokens_around_the_window(window: Any, prompt: int) -> None:
+    assert_decodes(draw(2, prompt + 8, 4, 2), window, prompt, [1] * 8, impl="cuda")
+
+
+@pytest.mark.parametrize("steps", [[8, 8, 1], [2, 3, 4, 5, 6, 7]])
+@pytest.mark.parametrize("prompt", [0, 4, 30])
+def test_steps_of_several_tokens(prompt: int, steps: list[int]) -> None:
+    """Among them steps longer than the window, into empty, filling and full rings."""
+    tensors = draw(1, prompt + sum(steps), 5, 5)
+    assert_decodes(tensors, (None, 20, 5, 3, 1), prompt, steps, impl="cuda")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "dtype"), [(15, F32), (33, F32), (250, F32), (750, F32), *((750, x) for x in HALF)]
+)
+def test_rings_and_whole_caches_of_several_parts(prompt: int, dtype: torch.dtype) -> None:
+    """The ring of 250 slots is filling, just full, or has been around twice."""
+    tensors = draw(2, 770, 6, 3, key_dim=64, value_dim=40)
+    assert_decodes(tensors, (250, None, 33), prompt, [1, 8, 1, 3], dtype, impl="cuda")
+
+
+@pytest.mark.parametrize("prompt", [0, 3, 1200])
+def test_more_parts_than_lanes(prompt: int, controls: ctypes.CDLL) -> None:
+    """Of an empty cache all parts but the first are empty."""
+    controls.cuda_on_cpu_processors(64)
+    tensors = draw(1, 1210, 1, 1, key_dim=128, value_dim=128)
+    assert_decodes(tensors, None, prompt, [2, 1], impl="cuda")
+
+
+@pytest.mark.parametrize("dtype", [*HALF, F32])
+@pytest.mark.parametrize(("heads", "kv_heads", "steps"), [(8, 1, [3, 8]), (3, 1, [1, 7])])
+@pytest.mark.parametrize("activation", ["sigmoid", "ns_sigmoid", "softplus"])
+def test_groups_of_heads_and_gates(
+    heads: int, kv_heads: int, steps: list[int], activation: str, dtype: torch.dtype
+) -> None:
+    tensors = draw(2, 80, heads, kv_heads)
+    tensors["gate"] = 5 * torch.randn(2, 80, heads, 7, dtype=torch.float64)
+    assert_decodes(tensors, 40, 55, steps, dtype, impl="cuda", gate_activation=activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, F32])
+def test_gate_per_head(dtype: torch.dtype) -> None:
+    tensors = draw(2, 30, 4, 2)
+    tensors["gate"] = torch.randn(2, 30, 4, dtype=torch.float64)
+    assert_decodes(tensors, (None, 9), 20, [1, 3], dtype, impl="cuda")
+
+
+def test_gate_in_float32_beside_bfloat16() -> None:
+    tensors = {name: x.bfloat16() for name, x in draw(2, 30, 4, 2).items()}
+    for shape in ((2, 30, 4, 7), (2, 30, 4)):
+        wide = tensors | {"gate": torch.randn(shape)}
+        out = decode(wide, 9, 20, [1, 3], impl="cuda")["out"]
+        truth, plain = (
+            whole({name: x.to(dtype) for name, x in wide.items()}, 9, 20, [1, 3])["out"]
+            for dtype in (torch.float64, torch.bfloat16)
+        )
+        row = within("out", out, truth, float((plain - truth).abs().max()), torch.bfloat16)
+        assert row.ok, row
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim"), [(1, 1), (8, 8), (17, 256), (256, 16), (96, 80), (128, 128)]
+)
+@pytest.mark.parametrize("heads", [1, 3, 6])
+@pytest.mark.parametrize("dtype", [*HALF, F32])
+def test_head_dims(key_dim: int, value_dim: int, heads: int, dtype: torch.dtype) -> None:
+    tensors = draw(1, 40, heads, 1, key_dim, value_dim)
+    assert_decodes(tensors, 20, 30, [1, 2], dtype, impl="cuda")
+
+
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    window=st.lists(st.none() | st.integers(1, 40), min_size=2, max_size=2),
+    prompt=st.integers(0, 60),
+    steps=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+    group=st.integers(1, 3),
+    order=st.integers(0, 100),
+)
+def test_any_windows_and_steps(
+    window: list[int | None],
+    prompt: int,
+    steps: list[int],
+    group: int,
+    order: int,
+    controls: ctypes.CDLL,
+) -> None:
+    torch.manual_seed(0)
+    controls.cuda_on_cpu_order(order)
+    tensors = draw(1, prompt + sum(steps), 2 * group, 2)
+    assert_decodes(tensors, window, prompt, steps, impl="cuda")
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+def test_order_of_threads_and_blocks_does_not_matter(heads: int, controls: ctypes.CDLL) -> None:
+    """To the last bit: a race or a dependence between blocks would show."""
+    tensors = {name: x.float() for name, x in draw(2, 300, heads, 2, 64, 64).items()}
+    tensors["gate"] = torch.randn(2, 300, heads, 64)
+    expected = None
+    for order in range(6):
+        controls.cuda_on_cpu_order(order)
+        found = decode(tensors, (70, None), 280, [1, 5, 8], impl="cuda")
+        expected = expected or found
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_rows_reset_one_by_one() -> None:
+    """A row that starts anew beside others that go on, on top of what it has left."""
+    tensors = {name: x.float() for name, x in draw(3, 50, 4, 2).items()}
+    cache = make_cache(tensors, (18, None), max_length=60)
+    cache.append(tensors["k"][:, :30], tensors["v"][:, :30])
+    cache.lengths[1] = 0
+    starts = torch.tensor([30, 0, 30])
+    out = []
+    for start in range(0, 12, 4):
+        step = {name: torch.stack([x[b, starts[b] + start :][:4] for b in range(3)])
+                for name, x in tensors.items()}  # fmt: skip
+        out.append(attention_decode(**step, cache=cache, impl="cuda"))
+    assert cache.lengths.tolist() == [42, 12, 42]
+    for b, prompt in enumerate(starts.tolist()):
+        row = {name: x[b : b + 1] for name, x in tensors.items()}
+        exact = {name: x.double() for name, x in row.items()}
+        truth, plain = (whole(x, (18, None), prompt, [12])["out"] for x in (exact, row))
+        found = torch.cat(out, dim=1)[b : b + 1]
+        comparison = within("out", found, truth, float((plain - truth).abs().max()), F32)
+        assert comparison.ok, comparison
+
+
+@pytest.mark.parametrize("dtype", [*HALF, F32])
+def test_unused_slots_may_hold_anything(dtype: torch.dtype) -> None:
+    tensors = {name: x.to(dtype) for name, x in draw(2, 60, 4, 2).items()}
+    clean = decode(tensors, (20, None), 9, [1, 4, 8], impl="cuda")["out"]
+    cache = make_cache(tensors, (20, None))
+    cache.k.fill_(torch.nan)
+    cache.v.fill_(torch.nan)
+    cache.append(tensors["k"][:, :9], tensors["v"][:, :9])
+    ends = itertools.pairwise([9, 10, 14, 22])
+    out = [attention_decode(**cut(tensors, *end), cache=cache, impl="cuda") for end in ends]
+    assert torch.equal(torch.cat(out, dim=1), clean)
+
+
+def test_the_key_that_leaves_the_window_is_not_read() -> None:
+    tensors = {name: x.float() for name, x in draw(1, 21, 2, 1).items()}
+    clean = decode(tensors, 20, 20, [1], impl="cuda")["out"]
+    tensors["k"][:, 0] = tensors["v"][:, 0] = torch.nan
+    assert torch.equal(decode(tensors, 20, 20, [1], impl="cuda")["out"], clean)
+
+
+def test_nan_spreads() -> None:
+    tensors = {name: x.float() for name, x in draw(1, 21, 2, 1).items()}
+    tensors["k"][:, 3] = torch.nan
+    assert decode(tensors, None, 20, [1], impl="cuda")["out"].isnan().all()
+
+
+def test_cache_holds_what_append_would_have_written() -> None:
+    tensors = {name: x.float() for name, x in draw(2, 40, 6, 3).items()}
+    caches = [make_cache(tensors, (5, None, 1)) for _ in range(2)]
+    for start, end in itertools.pairwise([0, 8, 9, 14, 22, 40]):
+        if end - start <= 8:
+            attention_decode(**cut(tensors, start, end), cache=caches[0], impl="cuda")
+            caches[1].append(tensors["k"][:, start:end], tensors["v"][:, start:end])
+            assert torch.equal(caches[0].k, caches[1].k)
+            assert torch.equal(caches[0].v, caches[1].v)
+            assert torch.equal(caches[0].lengths, caches[1].lengths)
+
+
+def test_counters_are_zero_between_steps() -> None:
+    """As a replay of a CUDA graph needs them; every cache has its own."""
+    tensors = {name: x.float() for name, x in draw(2, 30, 4, 2).items()}
+    cache, other = (make_cache(tensors, (9, None)) for _ in range(2))
+    attention_decode(**cut(tensors, 0, 8), cache=cache, impl="cuda")
+    counters = _cuda._arrivals[cache.lengths]
+    for start in range(8, 12):
+        attention_decode(**cut(tensors, start, start + 1), cache=cache, impl="cuda")
+        assert _cuda._arrivals[cache.lengths] is counters
+        assert not counters.any()
+    attention_decode(**cut(tensors, 0, 1), cache=other, impl="cuda")
+    assert _cuda._arrivals[other.lengths] is not counters
+
+
+def test_inputs_with_any_strides() -> None:
+    tensors = {name: x.float() for name, x in draw(2, 40, 4, 2, 16, 24).items()}
+    tensors["gate"] = torch.randn(2, 40, 4)
+    plain = decode(tensors, (20, None), 30, [1, 8], impl="cuda")["out"]
+    cache = make_cache(tensors, (20, None))
+    cache.append(tensors["k"][:, :30], tensors["v"][:, :30])
+    out = []
+    for end in itertools.pairwise([30, 31, 39]):
+        step = {name: _spread(x) for name, x in cut(tensors, *end).items()}
+        out.append(attention_decode(**step, cache=cache, impl="cuda"))
+    assert torch.equal(torch.cat(out, dim=1), plain)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "gate"])
+def test_rows_off_a_multiple_of_16_bytes(name: str) -> None:
+    """They are read an element at a time."""
+    tensors = {name: x.bfloat16() for name, x in draw(2, 30, 4, 2, 16, 24).items()}
+    tensors["gate"] = torch.randn(2, 30, 4, 24).bfloat16()
+    plain = decode(tensors, (20, None), 20, [1, 8], impl="cuda")["out"]
+    wide = torch.nn.functional.pad(tensors[name], (1, 2), value=torch.nan)
+    tensors[name] = wide[..., 1:-2]
+    assert torch.equal(decode(tensors, (20, None), 20, [1, 8], impl="cuda")["out"], plain)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """The same numbers, with the first axis innermost and NaN between them."""
+    wide = x.new_full((*x.shape[1:], 2 * x.shape[0] + 1), torch.nan)
+    view = wide[..., 1::2].movedim(-1, 0)
+    view.copy_(x)
+    return view
+
+
+@pytest.mark.parametrize(
+    ("tiles", "parallel"),
+    [([256] * 16, 1), ([32, 32, 256, 7], 2), ([4096], 1), ([512] * 8, 64), ([1, 1, 2], 1)],
+)
+def test_parts_are_shared_out_for_the_shortest_schedule(
+    tiles: list[int], parallel: int, controls: ctypes.CDLL
+) -> None:
+    """A part costs one tile more than it has; every possible size is tried here."""
+    resident = 396
+
+    def cost(size: int) -> int:
+        blocks = parallel * sum(-(-n // size) for n in tiles)
+        return -(-blocks // resident) * (size + 1)
+
+    controls.split_plan.restype = ctypes.c_int64
+    array = (ctypes.c_int64 * len(tiles))(*tiles)
+    size = controls.split_plan(
+        array, len(tiles), ctypes.c_int64(parallel), ctypes.c_int64(resident)
+    )
+    assert cost(size) == min(cost(size) for size in range(1, max(tiles) + 1))
+
+
+def test_no_rows() -> None:
+    empty = torch.zeros(0, 1, 2, 4)
+    lengths = torch.zeros(0, dtype=torch.int32)
+    out, row_max, lse = _cuda_softmax_decode.attend(
+        *(empty, empty, empty, None, torch.zeros(0, 6, 4), torch.zeros(0, 6, 4), lengths),
+        *([3, 3], 0, 1.0, None),
+    )
+    assert out.shape == (0, 1, 2, 4)
+    assert row_max.shape == lse.shape == (0, 1, 2)
+
+
+def test_what_it_cannot_serve_is_for_others() -> None:
+    x = torch.zeros(1, 1, 129, 2)
+    many, spread = KVCache(1, 4, 129, 2, 2), KVCache(1, 4, 1, 2, 2)
+    spread.k = torch.zeros(1, 2, 4).mT
+    for cache, new, message in (
+        (many, x, "takes up to 128 KV heads, got 129. These can: .*'eager'"),
+        (spread, x[:, :, :1], "takes a cache with contiguous buffers. These can: .*'eager'"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            attention_decode(new, new, new, cache, impl="cuda")
+        assert not cache.lengths.any()
+        attention_decode(new, new, new, cache, impl="auto")
+        assert cache.lengths.all()
