@@ -175,7 +175,9 @@ def softmax_backward_dq_kernel(
         b_v = load_rows(p_v + tl.cast(i_s, tl.int64) * v.time, v, cols, exists, V, BV)
         b_s = dot(b_q, tl.trans(b_k))  # [BT, BS]
         b_p = probabilities(b_s, factor, b_lse[:, None], visible, RELU, NATURAL)
-        b_dp = tl.where(alone[:, None], 0.0, dot(b_do, tl.trans(b_v)))
+        b_dp = dot(b_do, tl.trans(b_v))
+        if not RELU:
+            b_dp = tl.where(alone[:, None], 0.0, b_dp)
         b_ds = logit_gradients(b_p, b_dp, b_delta[:, None], visible, RELU)
         if REST:
             b_rest += tl.sum(b_ds, 1)
@@ -286,9 +288,10 @@ def softmax_backward_dkdv_kernel(
         b_dv = dot(cast(b_p, b_do.dtype), b_do, b_dv)
         b_dp = dot(b_v, tl.trans(b_do))  # [BS, BT]
         b_delta = load_statistic(delta, offset, rows, live)
-        position = i_t + shift + rows
-        count = tl.minimum(position + right + 1, keys) - tl.maximum(position - left + 1, 0)
-        b_dp = tl.where((count == 1)[None, :], 0.0, b_dp)
+        if not RELU:
+            position = i_t + shift + rows
+            count = tl.minimum(position + right + 1, keys) - tl.maximum(position - left + 1, 0)
+            b_dp = tl.where((count == 1)[None, :], 0.0, b_dp)
         b_ds = logit_gradients(b_p, b_dp, b_delta[None, :], visible, RELU)
         b_dk = dot(cast(b_ds, b_q.dtype), b_q, b_dk)
     inner = edge - free
