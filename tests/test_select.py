@@ -44,14 +44,14 @@ def test_an_explicit_choice_that_cannot_serve_says_what_can(
         select("gated_sdpa", impl, CPU, F32)
 
 
-@pytest.mark.parametrize("function", TRITON_FUNCTIONS)
+@pytest.mark.parametrize("function", sorted(TRITON_FUNCTIONS))
 def test_kernels_refuse_float64(function: str) -> None:
     assert select(function, "triton", CPU, F32) == "triton"
     with pytest.raises(NotImplementedError, match="takes float16, bfloat16 and float32 tensors"):
         select(function, "triton", CPU, torch.float64)
 
 
-@pytest.mark.parametrize("function", TRITON_FUNCTIONS)
+@pytest.mark.parametrize("function", sorted(TRITON_FUNCTIONS))
 def test_kernels_without_a_device_say_how_to_run_them(
     function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
