@@ -68,26 +68,29 @@ def account(shape: tuple[int, int, int, int, int], arch: int = 90) -> list[Accou
     options = (None, True, 1.0, None, 1e-6, None)
     tokens = batch * length * heads
     forward, backward = 3 * key_dim + 2 * value_dim, 6 * key_dim + 3 * value_dim
-    with recorded(arch) as entries:
+    with recorded(arch, q) as entries:
         kernels.forward(q, k, v, g, None, None, None, None, *options)
     found = [Account(shape, PASSES[0], tuple(entries), 2.0 * tokens * forward)]
-    with recorded(arch) as entries:
+    with recorded(arch, q) as entries:
         rstd = empty(0, dtype=torch.float32)
         kernels.backward(q, k, v, g, None, None, None, None, None, rstd, dout, None, *options, True)
     return [*found, Account(shape, PASSES[1], tuple(entries), 2.0 * tokens * backward)]
 
 
 @contextmanager
-def recorded(arch: int) -> Iterator[list[Entry]]:
-    """Inside, the launches of the linear kernels are written down for ``arch``, not made."""
+def recorded(arch: int, q: torch.Tensor) -> Iterator[list[Entry]]:
+    """Inside, the launches of the linear kernels are written down for ``arch``, not made.
+
+    ``q`` is that of the call.
+    """
     kernels: Any = importlib.import_module("attnvariants.kernels.linear")
     configs: Any = importlib.import_module("attnvariants.kernels._linear_configs")
     entries: list[Entry] = []
 
-    def launch(kernel: Any, programs: int, *arguments: Any, like: Any, config: Any) -> None:
+    def launch(kernel: Any, programs: int, *arguments: Any, config: Any) -> None:
         given = dict(zip(kernel.arg_names, arguments, strict=True))
         name = kernel.__name__.removesuffix("_kernel")
-        entries.append(_COUNTS[name](name, programs, given, like))
+        entries.append(_COUNTS[name](name, programs, given, q))
 
     originals = kernels.launch, configs.architecture
     kernels.launch, configs.architecture = launch, lambda: arch
