@@ -8,10 +8,9 @@
 // With one, blocks leave o and its sums of squares, and the last one of a head, or of a row for
 // the norm over the model dim, finishes the outputs of all.
 
-#include "elements.cuh"
 #include "last_block.cuh"
 #include "linear_decode.h"
-#include "maps.cuh"
+#include "linear_epilogue.cuh"
 
 namespace attnvariants {
 namespace {
@@ -49,26 +48,19 @@ __device__ __forceinline__ void store_columns(
   if (col + 3 < size) row[col + 3] = x.w;
 }
 
-// act(gate) * norm_weight * o of one element, stored.
+// One element of the output, stored.
 template <typename T>
 __device__ __forceinline__ void finish(
     const LinearDecode& p, int b, int t, int h, int col, float o) {
-  if (p.norm_weight != nullptr) {
-    o *= load_either<T>(p.norm_weight, h * p.weight_head + col, p.weight_is_float);
-  }
-  if (p.gate != nullptr) {
-    const int64_t index = b * p.gate_strides.batch + t * p.gate_strides.time +
-                          h * p.gate_strides.head + (p.gate_per_head ? 0 : col);
-    o *= apply_map(p.activation, load_either<T>(p.gate, index, p.gate_is_float));
-  }
   const int64_t row = (static_cast<int64_t>(b) * p.steps + t) * p.heads + h;
-  static_cast<T*>(p.out)[row * p.value_dim + col] = from_float<T>(o);
+  static_cast<T*>(p.out)[row * p.value_dim + col] =
+      from_float<T>(weigh_and_gate<T>(p.epilogue, b, t, h, col, o));
 }
 
 // The outputs of all tokens of one head, or of all heads of a row. A warp takes one row at a time.
 template <typename T>
 __device__ void normalise(const LinearDecode& p, int b, int head, int column_blocks) {
-  const bool whole = p.norm == Norm::kModel;
+  const bool whole = p.epilogue.norm == Norm::kModel;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first_head = whole ? 0 : head, num_heads = whole ? p.heads : 1;
   const int count = num_heads * column_blocks;
@@ -79,7 +71,7 @@ __device__ void normalise(const LinearDecode& p, int b, int head, int column_blo
     float sum = 0.0f;
     for (int i = lane; i < count; i += 32) sum += __ldcg(squares + i);
     const float mean = warp_sum(sum) / (static_cast<float>(num_heads) * p.value_dim);
-    const float rstd = rsqrtf(mean + p.eps);
+    const float rstd = rsqrtf(mean + p.epilogue.eps);
     const float* o = p.o + (token + h) * p.value_dim;
     for (int col = lane; col < p.value_dim; col += 32) {
       finish<T>(p, b, t, h, col, __ldcg(o + col) * rstd);
@@ -95,15 +87,15 @@ __device__ __forceinline__ void load_token(
                    h * p.q_strides.head;
   const T* k_row = static_cast<const T*>(p.k) + b * p.k_strides.batch + t * p.k_strides.time +
                    h * p.k_strides.head;
-  const int64_t g_row =
-      b * p.g_strides.batch + t * p.g_strides.time + h * p.g_strides.head;
+  const LogDecay& g = p.decay;
+  const int64_t g_row = b * g.strides.batch + t * g.strides.time + h * g.strides.head;
   for (int i = threadIdx.x; i < kMaxKeyDim; i += kThreads) {
     const bool live = i < p.key_dim;
     q[i] = live ? apply_map(p.feature_map, to_float(q_row[i])) * p.scale : 0.0f;
     k[i] = live ? apply_map(p.feature_map, to_float(k_row[i])) : 0.0f;
     decay[i] = 1.0f;
-    if (live && p.g != nullptr) {
-      decay[i] = decay_of(load_either<T>(p.g, g_row + (p.g_per_channel ? i : 0), p.g_is_float));
+    if (live && g.g != nullptr) {
+      decay[i] = decay_of(load_either<T>(g.g, g_row + (g.per_channel ? i : 0), g.is_float));
     }
   }
 }
@@ -173,7 +165,7 @@ linear_decode_kernel(const __grid_constant__ LinearDecode p) {
       for (int w = 0; w < kWarps; ++w) sum += warp_o[w][lane];
       const int own = column_block * kStateColumns + lane;
       const int64_t row = (static_cast<int64_t>(b) * p.steps + t) * p.heads + h;
-      if (p.norm == Norm::kNone) {
+      if (p.epilogue.norm == Norm::kNone) {
         if (own < p.value_dim) finish<T>(p, b, t, h, own, sum);
       } else {
         if (own < p.value_dim) p.o[row * p.value_dim + own] = sum;
@@ -191,8 +183,8 @@ linear_decode_kernel(const __grid_constant__ LinearDecode p) {
     }
   }
 
-  if (p.norm == Norm::kNone) return;
-  const bool whole = p.norm == Norm::kModel;
+  if (p.epilogue.norm == Norm::kNone) return;
+  const bool whole = p.epilogue.norm == Norm::kModel;
   unsigned* arrivals = p.arrivals + b * p.heads + (whole ? 0 : h);
   if (is_last_block(arrivals, (whole ? p.heads : 1) * column_blocks)) {
     normalise<T>(p, b, h, column_blocks);

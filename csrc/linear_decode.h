@@ -4,37 +4,32 @@
 
 #include <cuda_runtime.h>
 
-#include "types.h"
+#include "linear_parameters.h"
 
 namespace attnvariants {
 
 inline constexpr int kStateColumns = 32;  // of a head's state in a block: 128 bytes of a row
 
 struct LinearDecode {
-  const void* q;            // [B, Q, H, K]; rows of all tensors are contiguous
-  const void* k;            // [B, Q, H, K]
-  const void* v;            // [B, Q, H, V]
-  const void* g;            // log-decay [B, Q, H, K], [B, Q, H] or [H]; null
-  const void* norm_weight;  // [H, V] or [V]; null
-  const void* gate;         // logits [B, Q, H, V] or [B, Q, H]; null
-  float* state;             // [B, H, K, V], updated
-  int* lengths;             // [B], advanced by Q; null
-  void* out;                // contiguous [B, Q, H, V]
+  const void* q;  // [B, Q, H, K]; rows of all tensors are contiguous
+  const void* k;  // [B, Q, H, K]
+  const void* v;  // [B, Q, H, V]
+  float* state;   // [B, H, K, V], updated
+  int* lengths;   // [B], advanced by Q; null
+  void* out;      // contiguous [B, Q, H, V]
+  LogDecay decay;
+  LinearEpilogue epilogue;
 
   // With a norm: what its last block needs of the others.
   float* o;            // contiguous [B, Q, H, V]
   float* squares;      // sums of a block's squares, [B, Q, H, blocks of a head]
   unsigned* arrivals;  // [B * H]; all 0 before and after a launch
 
-  Strides q_strides, k_strides, v_strides, g_strides, gate_strides;
+  Strides q_strides, k_strides, v_strides;
   int64_t state_batch, state_head, state_row;  // strides
-  int64_t weight_head;                         // 0 for a weight [V]
   int batch, steps, heads, key_dim, value_dim;
-  float scale, eps;
-  Map feature_map, activation;
-  Norm norm;
-  bool g_is_float, weight_is_float, gate_is_float;  // else in the inputs' dtype
-  bool g_per_channel, gate_per_head;
+  float scale;
+  Map feature_map;
   bool state_aligned;  // rows start at multiples of 16 bytes
 };
 

@@ -2,7 +2,7 @@
 // attnvariants/ops/_cuda_linear_decode.py, which has checked the arguments.
 
 #include "linear_decode.h"
-#include "tensors.h"
+#include "linear_tensors.h"
 
 namespace attnvariants {
 namespace {
@@ -34,36 +34,15 @@ void linear_decode(
   call.key_dim = static_cast<int>(q.size(3));
   call.value_dim = static_cast<int>(v.size(3));
   call.scale = static_cast<float>(scale);
-  call.eps = static_cast<float>(eps);
   call.feature_map = static_cast<Map>(feature_map);
-  call.activation = static_cast<Map>(activation);
-  call.norm = static_cast<Norm>(norm);
   call.state_aligned = is_aligned(state, 4);
   if (lengths.has_value()) call.lengths = static_cast<int*>(lengths->mutable_data_ptr());
-  if (g.has_value()) {
-    call.g = g->const_data_ptr();
-    call.g_is_float = is_float(*g);
-    call.g_per_channel = g->dim() == 4;
-    if (call.g_per_channel) check_contiguous_rows(*g, "g");
-    call.g_strides = g->dim() == 1 ? Strides{0, 0, g->stride(0)} : strides_of(*g);
-  }
-  if (norm_weight.has_value()) {
-    check_contiguous_rows(*norm_weight, "norm_weight");
-    call.norm_weight = norm_weight->const_data_ptr();
-    call.weight_is_float = is_float(*norm_weight);
-    call.weight_head = norm_weight->dim() == 2 ? norm_weight->stride(0) : 0;
-  }
-  if (gate.has_value()) {
-    call.gate = gate->const_data_ptr();
-    call.gate_is_float = is_float(*gate);
-    call.gate_per_head = gate->dim() == 3;
-    if (!call.gate_per_head) check_contiguous_rows(*gate, "gate");
-    call.gate_strides = strides_of(*gate);
-  }
+  call.decay = log_decay_of(g);
+  call.epilogue = epilogue_of(norm_weight, gate, norm, eps, activation);
 
   const OnDeviceOf device(q);
   OptionalTensor o, squares;  // live until the launch
-  if (call.norm != Norm::kNone) {
+  if (call.epilogue.norm != Norm::kNone) {
     STD_TORCH_CHECK(arrivals.has_value(), "attnvariants: a norm needs counters");
     o = empty_floats(q, {call.batch, call.steps, call.heads, call.value_dim});
     squares = empty_floats(q, {call.batch, call.steps, call.heads, blocks_of_a_head(call)});
