@@ -21,3 +21,9 @@ inline __half __float2half(float x) {
   std::memcpy(&z.bits, &y, sizeof y);
   return z;
 }
+
+struct __half2 {
+  __half x, y;
+};
+
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half(x), __float2half(y)}; }

@@ -10,6 +10,9 @@
 // after every atomic operation and __syncthreads. Results that then change betray a missing
 // barrier, or a block that relies on how far others are. Only one fiber runs at any time, so that
 // the same seed gives the same order. Missing memory fences cannot show here.
+//
+// Asynchronous copies arrive as late as they may, when their thread waits for them, and what they
+// overwrite is NaN from their start on.
 
 #pragma once
 
@@ -47,8 +50,16 @@ inline constexpr int kWarp = 32;
 inline constexpr int kMaxThreads = 1024;
 inline constexpr size_t kStack = 64 * 1024;
 inline constexpr int kBlocksUnderWay = 3;
+inline constexpr size_t kOffered = 24;  // bytes that a lane shows to its warp
+inline constexpr size_t kCopied = 16;   // bytes of an asynchronous copy
 
 enum class Wait { kNone, kWarp, kBlock };
+
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;  // null for zeros
+  unsigned group;
+};
 
 struct Fiber {
   ucontext_t entry;   // used once, to get onto the fiber's stack
@@ -58,8 +69,10 @@ struct Fiber {
   const char* file;  // where it waits
   int line;
   dim3 thread;
-  unsigned exchanges;             // shuffles and votes so far
-  unsigned long long offered[2];  // to the other lanes, by the parity of `exchanges`
+  unsigned exchanges;                     // meetings with the warp so far
+  alignas(8) char offered[2][kOffered];   // to the other lanes, by the parity of `exchanges`
+  std::vector<Copy> copies;               // under way
+  unsigned groups;                        // of copies, so far
   std::unique_ptr<char[]> stack;
 };
 
@@ -110,8 +123,15 @@ class Turns {
   int holder_;
 };
 
+// Operands of a product that a warp has put together.
+struct WarpMatrices {
+  unsigned exchange;  // for which meeting
+  double a[16][16], b[8][16];
+};
+
 struct State {
   std::vector<Fiber> fibers;
+  WarpMatrices matrices[kMaxThreads / kWarp];
   Fiber* current = nullptr;
   jmp_buf scheduler;
   std::function<void()> body;
@@ -201,7 +221,8 @@ inline void run_block(int threads, size_t dynamic_bytes) {
     f.wait = Wait::kNone;
     f.file = "";
     f.line = 0;
-    f.exchanges = 0;
+    f.exchanges = f.groups = 0;
+    f.copies.clear();
     f.thread = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
     if (!f.stack) f.stack.reset(new char[kStack]);
     getcontext(&f.entry);
@@ -210,6 +231,7 @@ inline void run_block(int threads, size_t dynamic_bytes) {
     f.entry.uc_link = nullptr;
     makecontext(&f.entry, enter, 0);
   }
+  for (WarpMatrices& m : s.matrices) m.exchange = 0;
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
   for (;;) {
@@ -262,27 +284,69 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<
   for (std::thread& thread : pool) thread.join();
 }
 
-// Offers a value to the warp, waits for it, and returns what lane `source(lane)` offered. The two
-// buffers make one barrier enough: whoever writes one again has met all who still had to read it.
+[[noreturn]] inline void abort_with(const char* what, const char* file, int line) {
+  std::fprintf(stderr, "cuda_on_cpu: %s at %s:%d\n", what, file, line);
+  std::abort();
+}
+
+// A warp that has met: what its lanes have offered.
+class Meeting {
+ public:
+  Meeting(Fiber* self, unsigned count)
+      : self_(self), first_(self - (self - state().fibers.data()) % kWarp), count_(count) {}
+
+  int lane() const { return static_cast<int>(self_ - first_); }
+  int lanes() const {
+    const long threads = static_cast<long>(blockDim.x) * blockDim.y * blockDim.z;
+    return static_cast<int>(std::min<long>(kWarp, threads - (first_ - state().fibers.data())));
+  }
+
+  template <typename T>
+  T offered(int lane) const {
+    T result;
+    std::memcpy(&result, first_[lane].offered[count_ & 1], sizeof(T));
+    return result;
+  }
+
+  WarpMatrices& matrices() const {
+    return state().matrices[(first_ - state().fibers.data()) / kWarp];
+  }
+
+  // True once per meeting, for the lane that goes on first.
+  bool is_first(WarpMatrices& m) const {
+    const bool first = m.exchange != count_;
+    m.exchange = count_;
+    return first;
+  }
+
+ private:
+  Fiber *self_, *first_;
+  unsigned count_;
+};
+
+// Offers a value to the warp and waits for it. The two buffers make one barrier enough: whoever
+// writes one again has met all who still had to read it.
+template <typename T>
+Meeting meet(const T& value, const char* file, int line) {
+  static_assert(sizeof(T) <= kOffered);
+  Fiber* self = state().current;
+  const unsigned count = ++self->exchanges;
+  std::memcpy(self->offered[count & 1], &value, sizeof(T));
+  wait(Wait::kWarp, file, line);
+  return {self, count};
+}
+
+inline void check_mask(unsigned mask, const char* file, int line) {
+  if (mask != 0xffffffffu) abort_with("only full warps are supported", file, line);
+}
+
+// What lane `source(lane)` offers.
 template <typename T, typename Source>
 T exchange(unsigned mask, T value, Source source, const char* file, int line) {
-  static_assert(sizeof(T) <= sizeof(unsigned long long));
-  State& s = state();
-  Fiber* self = s.current;
-  if (mask != 0xffffffffu) {
-    std::fprintf(stderr, "cuda_on_cpu: %s:%d: only full warps are supported\n", file, line);
-    std::abort();
-  }
-  const unsigned parity = self->exchanges++ & 1;
-  std::memcpy(&self->offered[parity], &value, sizeof(T));
-  wait(Wait::kWarp, file, line);
-  const long index = self - s.fibers.data(), lane = index % kWarp;
-  const long threads = static_cast<long>(blockDim.x) * blockDim.y * blockDim.z;
-  const long other = index - lane + source(static_cast<int>(lane));
-  const Fiber& from = other < threads ? s.fibers[other] : *self;
-  T result;
-  std::memcpy(&result, &from.offered[parity], sizeof(T));
-  return result;
+  check_mask(mask, file, line);
+  const Meeting warp = meet(value, file, line);
+  const int other = source(warp.lane());
+  return other < warp.lanes() ? warp.template offered<T>(other) : value;
 }
 
 // Lanes without a partner keep their own value.
@@ -291,18 +355,40 @@ inline int shifted(int lane, int by) {
 }
 
 inline unsigned ballot(unsigned mask, bool vote, const char* file, int line) {
+  check_mask(mask, file, line);
+  const Meeting warp = meet(static_cast<int>(vote), file, line);
   unsigned votes = 0;
-  State& s = state();
-  const long first = (s.current - s.fibers.data()) / kWarp * kWarp;
-  const unsigned parity = s.current->exchanges & 1;
-  exchange(mask, static_cast<int>(vote), [](int lane) { return lane; }, file, line);
-  const long threads = static_cast<long>(blockDim.x) * blockDim.y * blockDim.z;
-  for (long i = first; i < std::min(first + kWarp, threads); ++i) {
-    int other;
-    std::memcpy(&other, &s.fibers[i].offered[parity], sizeof other);
-    votes |= static_cast<unsigned>(other != 0) << (i - first);
+  for (int lane = 0; lane < warp.lanes(); ++lane) {
+    votes |= static_cast<unsigned>(warp.offered<int>(lane) != 0) << lane;
   }
   return votes;
+}
+
+inline void start_copy(void* to, const void* from) {
+  Fiber* self = state().current;
+  for (const void* pointer : {static_cast<const void*>(to), from}) {
+    if (reinterpret_cast<uintptr_t>(pointer) % kCopied) abort_with("cp.async off 16 bytes", "", 0);
+  }
+  std::memset(to, 0xff, kCopied);
+  self->copies.push_back({static_cast<unsigned char*>(to),
+                          static_cast<const unsigned char*>(from), self->groups});
+}
+
+inline void commit_copies() { ++state().current->groups; }
+
+inline void finish_copies(unsigned pending) {
+  Fiber* self = state().current;
+  std::vector<Copy> later;
+  for (const Copy& copy : self->copies) {
+    if (copy.group + pending >= self->groups) {
+      later.push_back(copy);
+    } else if (copy.from == nullptr) {
+      std::memset(copy.to, 0, kCopied);
+    } else {
+      std::memcpy(copy.to, copy.from, kCopied);
+    }
+  }
+  self->copies.swap(later);
 }
 
 }  // namespace cuda_on_cpu

@@ -1,0 +1,392 @@
+// Tiles of matrices that carry their shape: in shared memory, and in the registers of a warp for
+// products by the tensor cores.
+//
+// A warp owns 16 rows of a product. In half precision a step of it takes 16 columns of the left
+// operand, in fp32 8. There every number is split into two TF32 numbers, and of their four products
+// all but the smallest are added up outside of the tensor cores, which cut off where fp32 rounds:
+// sums are about as good as those of fp32 multiply-adds.
+
+#pragma once
+
+#include "elements.cuh"
+#include "tensor_core.cuh"
+
+namespace attnvariants {
+
+template <typename T>
+inline constexpr int kStep = sizeof(T) == 4 ? 8 : 16;  // columns of a left operand at a time
+
+template <typename T>
+inline constexpr int kChunk = 16 / sizeof(T);  // elements of 16 bytes
+
+__device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
+
+// Element e of 4 of a lane's part of a 16 x 8 block of accumulators: its row and its column.
+__device__ __forceinline__ int row_of(int e) { return lane_index() / 4 + e / 2 * 8; }
+__device__ __forceinline__ int col_of(int e) { return lane_index() % 4 * 2 + e % 2; }
+
+// --- Tiles in shared memory.
+
+// A row-major matrix of kRows x kCols elements at a multiple of 128 bytes. Chunks of 16 bytes are
+// swizzled, so that 8 rows of the same columns lie in different banks.
+template <typename T, int kRows_, int kCols_>
+struct SharedTile {
+  static constexpr int kRows = kRows_, kCols = kCols_;
+  static constexpr int kBytes = kRows * kCols * static_cast<int>(sizeof(T));
+  static constexpr int kChunks = kCols / kChunk<T>;  // per row
+  // Chunks of a row that are permuted among each other, and rows that have the same permutation.
+  static constexpr int kPeriod =
+      kChunks % 8 == 0 ? 8 : (kChunks % 4 == 0 ? 4 : (kChunks % 2 == 0 ? 2 : 1));
+  static_assert(kCols % kChunk<T> == 0);
+
+  T* data;
+
+  __device__ __forceinline__ explicit SharedTile(void* memory) : data(static_cast<T*>(memory)) {}
+
+  __device__ __forceinline__ T* at(int row, int col) const {
+    const int chunk = (col / kChunk<T>) ^ (row / (8 / kPeriod) % kPeriod);
+    return data + row * kCols + chunk * kChunk<T> + col % kChunk<T>;
+  }
+};
+
+// Rows of a matrix in global memory, `stride` elements apart.
+template <typename T>
+struct GlobalRows {
+  T* data;
+  int64_t stride;
+  int rows, cols;
+  bool aligned;  // see load_run
+};
+
+// Starts to load rows `first` to `first + kRows`, by all threads of the block: asynchronously
+// where they are aligned. What lies outside of the matrix is 0, in the columns below `filled`; the
+// others are left alone. Ends no group of copies.
+template <int kThreads, typename T, int kRows, int kCols>
+__device__ __forceinline__ void load_rows(
+    const SharedTile<T, kRows, kCols>& tile, const GlobalRows<const T>& from, int first,
+    int filled = kCols) {
+  constexpr int kChunks = SharedTile<T, kRows, kCols>::kChunks;
+#pragma unroll
+  for (int base = 0; base < kRows * kChunks; base += kThreads) {
+    const int index = base + static_cast<int>(threadIdx.x);
+    const int row = index / kChunks, col = index % kChunks * kChunk<T>;
+    if (kRows * kChunks % kThreads != 0 && row >= kRows) break;
+    if (col >= filled) continue;
+    const bool live = first + row >= 0 && first + row < from.rows;
+    const T* source = from.data + (live ? (first + row) * from.stride : 0) + col;
+    T* target = tile.at(row, col);
+    if (from.aligned) {
+      copy_async(target, source, live && col < from.cols);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChunk<T>; ++i) {
+        target[i] = live && col + i < from.cols ? source[i] : from_float<T>(0.0f);
+      }
+    }
+  }
+}
+
+// Stores the 16 rows from `row` on by one warp, which has written them before, to global rows from
+// `first` on.
+template <typename T, int kRows, int kCols>
+__device__ __forceinline__ void store_warp_rows(
+    const SharedTile<T, kRows, kCols>& tile, int row, const GlobalRows<T>& to, int first) {
+  constexpr int kChunks = SharedTile<T, kRows, kCols>::kChunks;
+#pragma unroll 4
+  for (int index = lane_index(); index < 16 * kChunks; index += 32) {
+    const int r = index / kChunks, col = index % kChunks * kChunk<T>;
+    if (first + r >= to.rows || col >= to.cols) continue;
+    const T* source = tile.at(row + r, col);
+    T* target = to.data + (first + r) * to.stride + col;
+    if (to.aligned) {
+      *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(source);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChunk<T>; ++i) {
+        if (col + i < to.cols) target[i] = source[i];
+      }
+    }
+  }
+}
+
+// --- Operands in registers. In fp32 a step's columns are taken in the order 0 2 4 6 1 3 5 7, by
+// the left and the right operand alike: so a lane's accumulators can be a left operand as they
+// are, and it finds its columns side by side.
+
+// 16 x kStep of a left operand.
+template <typename T>
+struct Left {
+  uint32_t x[4];
+};
+
+// kStep x 16 of a right operand, as two parts of 8 columns.
+template <typename T>
+struct Right {
+  uint32_t x[2][2];
+};
+
+__device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
+
+// Rows `row` to `row + 16` and columns from `col` on.
+template <typename T, int kRows, int kCols>
+__device__ __forceinline__ Left<T> load_left(
+    const SharedTile<T, kRows, kCols>& tile, int row, int col) {
+  Left<T> a;
+  if constexpr (sizeof(T) == 2) {
+    const int lane = lane_index();
+    load_matrices(a.x, tile.at(row + lane % 16, col + lane / 16 * 8));
+  } else {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float2 pair =
+          *reinterpret_cast<const float2*>(tile.at(row + row_of(2 * r), col + col_of(0)));
+      a.x[r] = bits_of(pair.x);
+      a.x[r + 2] = bits_of(pair.y);
+    }
+  }
+  return a;
+}
+
+// The same of the transposed tile: its columns `col` to `col + 16`, and rows from `row` on.
+template <typename T, int kRows, int kCols>
+__device__ __forceinline__ Left<T> load_left_transposed(
+    const SharedTile<T, kRows, kCols>& tile, int row, int col) {
+  Left<T> a;
+  if constexpr (sizeof(T) == 2) {
+    const int lane = lane_index();
+    load_matrices_transposed(
+        a.x, tile.at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a.x[i] = bits_of(*tile.at(row + col_of(i / 2), col + row_of(i % 2 * 2)));
+    }
+  }
+  return a;
+}
+
+// Rows from `row` on and columns `col` to `col + 16`.
+template <typename T, int kRows, int kCols>
+__device__ __forceinline__ Right<T> load_right(
+    const SharedTile<T, kRows, kCols>& tile, int row, int col) {
+  Right<T> b;
+  if constexpr (sizeof(T) == 2) {
+    const int lane = lane_index();
+    uint32_t x[4];
+    load_matrices_transposed(x, tile.at(row + lane % 16, col + lane / 16 * 8));
+    b = {{{x[0], x[1]}, {x[2], x[3]}}};
+  } else {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        b.x[n][i] = bits_of(*tile.at(row + col_of(i), col + 8 * n + row_of(0)));
+      }
+    }
+  }
+  return b;
+}
+
+// The same of the transposed tile: its rows `row` to `row + 16`, and columns from `col` on.
+template <typename T, int kRows, int kCols>
+__device__ __forceinline__ Right<T> load_right_transposed(
+    const SharedTile<T, kRows, kCols>& tile, int row, int col) {
+  Right<T> b;
+  if constexpr (sizeof(T) == 2) {
+    const int lane = lane_index();
+    uint32_t x[4];
+    load_matrices(x, tile.at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8));
+    b = {{{x[0], x[1]}, {x[2], x[3]}}};
+  } else {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float2 pair =
+          *reinterpret_cast<const float2*>(tile.at(row + 8 * n + row_of(0), col + col_of(0)));
+      b.x[n][0] = bits_of(pair.x);
+      b.x[n][1] = bits_of(pair.y);
+    }
+  }
+  return b;
+}
+
+template <int kCount>
+struct Split {
+  uint32_t high[kCount], low[kCount];
+
+  __device__ __forceinline__ explicit Split(const uint32_t (&x)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      high[i] = round_to_tf32(__uint_as_float(x[i]));
+      low[i] = round_to_tf32(__uint_as_float(x[i]) - __uint_as_float(high[i]));
+    }
+  }
+};
+
+// acc += a b for 16 columns: two 16 x 8 blocks of accumulators.
+template <typename T>
+__device__ __forceinline__ void multiply_step(
+    float (&first)[4], float (&second)[4], const Left<T>& a, const Right<T>& b) {
+  if constexpr (sizeof(T) == 2) {
+    mma<T>(first, a.x, b.x[0]);
+    mma<T>(second, a.x, b.x[1]);
+  } else {
+    const Split<4> left(a.x);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const Split<2> right(b.x[n]);
+      float large[4] = {}, small[4] = {};
+      mma_tf32(small, left.low, right.high);
+      mma_tf32(small, left.high, right.low);
+      mma_tf32(large, left.high, right.high);
+      float(&acc)[4] = n == 0 ? first : second;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[e] = acc[e] + small[e] + large[e];
+    }
+  }
+}
+
+// A warp's 16 rows of a left operand, a step of columns at a time: kept in registers, read from
+// shared memory whenever they are needed, or those of a transposed tile.
+template <typename T, int kCols_>
+struct RegisterRows {
+  static constexpr int kCols = kCols_;
+  Left<T> x[kCols / kStep<T>];
+
+  __device__ __forceinline__ Left<T> step(int i) const { return x[i]; }
+};
+
+template <typename Tile>
+struct SharedRows;
+template <typename T, int kRows, int kCols_>
+struct SharedRows<SharedTile<T, kRows, kCols_>> {
+  static constexpr int kCols = kCols_;
+  SharedTile<T, kRows, kCols> tile;
+  int row;
+
+  __device__ __forceinline__ Left<T> step(int i) const {
+    return load_left(tile, row, i * kStep<T>);
+  }
+};
+
+template <typename Tile>
+struct TransposedRows;
+template <typename T, int kRows, int kCols_>
+struct TransposedRows<SharedTile<T, kRows, kCols_>> {
+  static constexpr int kCols = kRows;
+  SharedTile<T, kRows, kCols_> tile;
+  int col;
+
+  __device__ __forceinline__ Left<T> step(int i) const {
+    return load_left_transposed(tile, i * kStep<T>, col);
+  }
+};
+
+// --- Products.
+
+// A warp's 16 x kCols sums in fp32. Element x[j][e] is in row row_of(e) and column 8 j + col_of(e).
+template <int kCols_>
+struct Accumulator {
+  static constexpr int kCols = kCols_;
+  float x[kCols / 8][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int j = 0; j < kCols / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[j][e] = 0.0f;
+    }
+  }
+
+  // As a left operand, rounded to T.
+  template <typename T>
+  __device__ __forceinline__ RegisterRows<T, kCols> as_rows() const {
+    RegisterRows<T, kCols> rows;
+#pragma unroll
+    for (int i = 0; i < kCols / kStep<T>; ++i) {
+      if constexpr (sizeof(T) == 2) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const float(&pair)[4] = x[2 * i + r / 2];
+          rows.x[i].x[r] = pack<T>(pair[r % 2 * 2], pair[r % 2 * 2 + 1]);
+        }
+      } else {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) rows.x[i].x[r] = bits_of(x[i][r % 2 * 2 + r / 2]);
+      }
+    }
+    return rows;
+  }
+
+  // Writes the 16 rows from `row` on, rounded to T.
+  template <typename T, int kRows>
+  __device__ __forceinline__ void write(const SharedTile<T, kRows, kCols>& tile, int row) const {
+#pragma unroll
+    for (int j = 0; j < kCols / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; e += 2) {
+        T* target = tile.at(row + row_of(e), 8 * j + col_of(e));
+        if constexpr (sizeof(T) == 2) {
+          *reinterpret_cast<uint32_t*>(target) = pack<T>(x[j][e], x[j][e + 1]);
+        } else {
+          *reinterpret_cast<float2*>(target) = {x[j][e], x[j][e + 1]};
+        }
+      }
+    }
+  }
+};
+
+// acc += a b^T with a [16, K] and b [N, K]. Only the first `depth` columns of both are looked at,
+// up to a quarter of K more, which must then be 0.
+template <typename T, int kN, int kK, typename Rows>
+__device__ __forceinline__ void multiply_transposed(
+    Accumulator<kN>& acc, const Rows& a, const SharedTile<T, kN, kK>& b, int depth = kK) {
+  static_assert(Rows::kCols == kK && kN % 16 == 0);
+  constexpr int kSteps = kK / kStep<T>, kPart = kSteps % 4 == 0 ? kSteps / 4 : kSteps;
+#pragma unroll
+  for (int part = 0; part < kSteps; part += kPart) {
+    if (part > 0 && part * kStep<T> >= depth) break;
+#pragma unroll
+    for (int i = part; i < part + kPart; ++i) {
+      const Left<T> left = a.step(i);
+#pragma unroll
+      for (int n = 0; n < kN / 16; ++n) {
+        const Right<T> right = load_right_transposed(b, 16 * n, i * kStep<T>);
+        multiply_step<T>(acc.x[2 * n], acc.x[2 * n + 1], left, right);
+      }
+    }
+  }
+}
+
+// acc += a b with a [16, K] and b [K, N]. Only the first `cols` columns of b are looked at, up to
+// a quarter of N more.
+template <typename T, int kK, int kN, typename Rows>
+__device__ __forceinline__ void multiply(
+    Accumulator<kN>& acc, const Rows& a, const SharedTile<T, kK, kN>& b, int cols = kN) {
+  static_assert(Rows::kCols == kK && kN % 16 == 0);
+  constexpr int kBlocks = kN / 16, kPart = kBlocks % 4 == 0 ? kBlocks / 4 : kBlocks;
+#pragma unroll
+  for (int part = 0; part < kBlocks; part += kPart) {
+    if (part > 0 && part * 16 >= cols) break;
+#pragma unroll
+    for (int i = 0; i < kK / kStep<T>; ++i) {
+      const Left<T> left = a.step(i);
+#pragma unroll
+      for (int n = part; n < part + kPart; ++n) {
+        const Right<T> right = load_right(b, i * kStep<T>, 16 * n);
+        multiply_step<T>(acc.x[2 * n], acc.x[2 * n + 1], left, right);
+      }
+    }
+  }
+}
+
+// Over the four lanes that share a row of accumulators.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+}
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(kFullWarp, x, 1);
+  return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+
+}  // namespace attnvariants
