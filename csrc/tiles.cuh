@@ -222,13 +222,23 @@ struct Split {
   }
 };
 
-// acc += a b for 16 columns: two 16 x 8 blocks of accumulators.
-template <typename T>
+// acc += a b for 16 columns: two 16 x 8 blocks of accumulators. In fp32 with `kSplit`, else with
+// every number rounded to TF32.
+template <typename T, bool kSplit = true>
 __device__ __forceinline__ void multiply_step(
     float (&first)[4], float (&second)[4], const Left<T>& a, const Right<T>& b) {
   if constexpr (sizeof(T) == 2) {
     mma<T>(first, a.x, b.x[0]);
     mma<T>(second, a.x, b.x[1]);
+  } else if constexpr (!kSplit) {
+    uint32_t left[4], right[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      left[i] = round_to_tf32(__uint_as_float(a.x[i]));
+      right[i / 2][i % 2] = round_to_tf32(__uint_as_float(b.x[i / 2][i % 2]));
+    }
+    mma_tf32(first, left, right[0]);
+    mma_tf32(second, left, right[1]);
   } else {
     const Split<4> left(a.x);
 #pragma unroll
@@ -315,6 +325,25 @@ struct Accumulator {
       }
     }
     return rows;
+  }
+
+  // A step of its columns as the rows of a right operand of 16 columns, rounded to T: the transpose.
+  template <typename T>
+  __device__ __forceinline__ Right<T> as_right(int step) const {
+    Right<T> b;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (sizeof(T) == 2) {
+          const float(&block)[4] = x[2 * step + i];
+          b.x[n][i] = pack<T>(block[2 * n], block[2 * n + 1]);
+        } else {
+          b.x[n][i] = bits_of(x[step][2 * n + i]);
+        }
+      }
+    }
+    return b;
   }
 
   // Writes the 16 rows from `row` on, rounded to T.

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+# In the order of csrc/types.h.
+MAPS = (None, "elu+1", "elu", "relu", "silu", "sigmoid")
+NORMS = (None, "head", "model")
+
 # Counters of arrived blocks, 0 between steps. They belong to a cache, by way of its lengths: two
 # steps of one cache never overlap, while other steps on other streams may.
 _arrivals: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -14,6 +18,11 @@ _arrivals: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def contiguous_rows(x: Tensor) -> Tensor:
     """``x``, or a copy where the elements of its last axis do not lie next to each other."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def channels(x: Tensor | None) -> Tensor | None:
+    """``x`` with contiguous rows where it has a channel axis, ``[B, T, H, D]``."""
+    return contiguous_rows(x) if x is not None and x.dim() == 4 else x
 
 
 def counters(owner: Tensor | None, count: int, like: Tensor) -> Tensor:

@@ -7,12 +7,8 @@ import importlib
 import torch
 from torch import Tensor
 
-from attnvariants.ops._cuda import contiguous_rows, counters
+from attnvariants.ops._cuda import MAPS, NORMS, channels, contiguous_rows, counters
 from attnvariants.ops._library import declare
-
-# In the order of csrc/maps.cuh and csrc/linear_decode.h.
-_MAPS = (None, "elu+1", "elu", "relu", "silu", "sigmoid")
-_NORMS = (None, "head", "model")
 
 declare(
     "_linear_decode(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, "
@@ -41,14 +37,12 @@ def attend(
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     rows = contiguous_rows(state)
     torch.ops.attnvariants._linear_decode(
-        *(contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)),
-        contiguous_rows(g) if g is not None and g.dim() == 4 else g,
-        *(rows, lengths),
-        None if norm_weight is None else contiguous_rows(norm_weight),
-        contiguous_rows(gate) if gate is not None and gate.dim() == 4 else gate,
+        *(contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), channels(g)),
+        *(rows, lengths, None if norm_weight is None else contiguous_rows(norm_weight)),
+        channels(gate),
         None if norm is None else counters(lengths, q.shape[0] * q.shape[2], q),
-        *(out, _MAPS.index(feature_map), scale, _NORMS.index(norm), eps),
-        _MAPS.index(gate_activation),
+        *(out, MAPS.index(feature_map), scale, NORMS.index(norm), eps),
+        MAPS.index(gate_activation),
     )
     if rows is not state:
         state.copy_(rows)

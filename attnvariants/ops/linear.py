@@ -21,7 +21,11 @@ _LOG_DECAYS = {
     "gated_linear_attention": ("g", ("B T H K", "B T H", "H")),
     "norm_linear_attention": ("decay", ("H",)),
 }
-_ENGINES = {"eager": "attnvariants.eager.linear", "triton": "attnvariants.kernels.linear"}
+_ENGINES = {
+    "eager": "attnvariants.eager.linear",
+    "triton": "attnvariants.kernels.linear",
+    "cuda": "attnvariants.ops._cuda_linear_forward",
+}
 
 
 class Options(NamedTuple):
@@ -256,13 +260,14 @@ def _forward_shapes(
 ) -> tuple[Tensor, ...]:
     batch, length, heads, key_dim = q.shape
     wide = _checks.state_dtype(q.dtype)
-    scaled = norm_weight is not None or gate is not None
+    backward = impl != "cuda"  # has none, and keeps nothing for it
+    scaled = backward and (norm_weight is not None or gate is not None)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rstd = {"model": (batch, length), "head": (batch, length, heads), None: (0,)}[norm]
     return (
         v.new_empty(v.shape),
         v.new_empty(v.shape if scaled else (0,)),
-        v.new_empty(rstd, dtype=wide),
+        v.new_empty(rstd if backward else (0,), dtype=wide),
         v.new_empty(sequences, heads, key_dim, v.shape[-1], dtype=wide),
         v.new_empty(heads if stats else 0, dtype=wide),
     )
