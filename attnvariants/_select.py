@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-IMPLEMENTATIONS = ("cuda", "triton", "eager", "reference")  # in "auto"'s order of preference
+IMPLEMENTATIONS = ("cuda", "triton", "eager", "reference")
 
 FUNCTIONS = (
     "gated_sdpa",
@@ -34,9 +34,19 @@ TRITON_FUNCTIONS = frozenset(
         "linear_attention_decode",
     }
 )
-_NONE: Mapping[str, str] = MappingProxyType({})
-CUDA_FUNCTIONS = frozenset({"attention_decode", "linear_attention_decode"})
+CUDA_FUNCTIONS = frozenset(
+    {
+        "gated_sdpa",
+        "ls_attention",
+        "diag_attention",
+        "attention_decode",
+        "linear_attention_decode",
+    }
+)
+# Those of CUDA_FUNCTIONS whose kernel has no backward.
+FORWARD_ONLY = frozenset({"gated_sdpa", "ls_attention", "diag_attention"})
 
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 _OLDEST = (8, 0)  # compute capability of Ampere
 
@@ -48,6 +58,26 @@ class Availability(NamedTuple):
     reason: str
 
 
+def preference(function: str) -> tuple[str, ...]:
+    """The implementations of ``function`` in the order in which ``"auto"`` tries them.
+
+    A decode step goes to CUDA C++. A whole sequence goes to Triton, which also has the backward:
+    CUDA C++ comes next, and serves where Triton cannot be used and no gradient is needed.
+    """
+    if function in FORWARD_ONLY:
+        return ("triton", "cuda", "eager", "reference")
+    return IMPLEMENTATIONS
+
+
+def forward_only(function: str, *inputs: torch.Tensor | None) -> Mapping[str, str]:
+    """The obstacle that a gradient is to ``"cuda"``, for :func:`select`."""
+    if function not in FORWARD_ONLY or not torch.is_grad_enabled():
+        return _NONE
+    if not any(x is not None and x.requires_grad for x in inputs):
+        return _NONE
+    return {"cuda": "it has no backward, and an input requires a gradient (torch.no_grad() helps)"}
+
+
 def implementations() -> dict[str, dict[str, Availability]]:
     """Lists, per function, the implementations that are usable here and why the others are not.
 
@@ -56,7 +86,7 @@ def implementations() -> dict[str, dict[str, Availability]]:
         the order in which ``impl="auto"`` prefers them.
     """
     return {
-        function: {impl: _availability(function, impl) for impl in IMPLEMENTATIONS}
+        function: {impl: _availability(function, impl) for impl in preference(function)}
         for function in FUNCTIONS
     }
 
@@ -88,7 +118,7 @@ def select(
     def obstacle_of(name: str) -> str:
         return obstacles.get(name, "") or _obstacle(function, name, device, dtype)
 
-    usable = (name for name in IMPLEMENTATIONS if not obstacle_of(name))
+    usable = (name for name in preference(function) if not obstacle_of(name))
     if impl == "auto":
         return next(name for name in usable if not (name == "triton" and interpreting()))
     obstacle = obstacle_of(impl)

@@ -78,6 +78,24 @@ __device__ __forceinline__ Run<T> load_run(const T* row, int first, int size, bo
 }
 
 template <typename T>
+__device__ __forceinline__ void store_run(
+    T* row, int first, int size, bool aligned, const Run<T>& run) {
+  if (aligned) {
+    constexpr int kStores = sizeof(Run<T>) / sizeof(uint4);
+    if (first >= size) return;
+#pragma unroll
+    for (int i = 0; i < kStores; ++i) {
+      reinterpret_cast<uint4*>(row + first)[i] = reinterpret_cast<const uint4*>(run.x)[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      if (first + i < size) row[first + i] = run.x[i];
+    }
+  }
+}
+
+template <typename T>
 __device__ __forceinline__ Run<T> zero_run() {
   Run<T> run;
 #pragma unroll

@@ -41,6 +41,7 @@ struct SharedTile {
 
   T* data;
 
+  SharedTile() = default;
   __device__ __forceinline__ explicit SharedTile(void* memory) : data(static_cast<T*>(memory)) {}
 
   __device__ __forceinline__ T* at(int row, int col) const {
@@ -262,6 +263,11 @@ struct RegisterRows {
   static constexpr int kCols = kCols_;
   Left<T> x[kCols / kStep<T>];
 
+  template <int kRows>
+  __device__ __forceinline__ void load(const SharedTile<T, kRows, kCols>& tile, int row) {
+#pragma unroll
+    for (int i = 0; i < kCols / kStep<T>; ++i) x[i] = load_left(tile, row, i * kStep<T>);
+  }
   __device__ __forceinline__ Left<T> step(int i) const { return x[i]; }
 };
 
@@ -273,6 +279,10 @@ struct SharedRows<SharedTile<T, kRows, kCols_>> {
   SharedTile<T, kRows, kCols> tile;
   int row;
 
+  __device__ __forceinline__ void load(const SharedTile<T, kRows, kCols>& from, int first) {
+    tile = from;
+    row = first;
+  }
   __device__ __forceinline__ Left<T> step(int i) const {
     return load_left(tile, row, i * kStep<T>);
   }
@@ -364,11 +374,12 @@ struct Accumulator {
   }
 };
 
-// acc += a b^T with a [16, K] and b [N, K]. Only the first `depth` columns of both are looked at,
-// up to a quarter of K more, which must then be 0.
-template <typename T, int kN, int kK, typename Rows>
+// acc += a b^T with a [16, K] and b [N, K], for kBlocks blocks of 16 rows that share what is read of
+// b. Only the first `depth` columns of both are looked at, up to a quarter of K more, which must
+// then be 0.
+template <int kBlocks, typename T, int kN, int kK, typename Rows>
 __device__ __forceinline__ void multiply_transposed(
-    Accumulator<kN>& acc, const Rows& a, const SharedTile<T, kN, kK>& b, int depth = kK) {
+    Accumulator<kN>* acc, const Rows* a, const SharedTile<T, kN, kK>& b, int depth) {
   static_assert(Rows::kCols == kK && kN % 16 == 0);
   constexpr int kSteps = kK / kStep<T>, kPart = kSteps % 4 == 0 ? kSteps / 4 : kSteps;
 #pragma unroll
@@ -376,36 +387,58 @@ __device__ __forceinline__ void multiply_transposed(
     if (part > 0 && part * kStep<T> >= depth) break;
 #pragma unroll
     for (int i = part; i < part + kPart; ++i) {
-      const Left<T> left = a.step(i);
+      Left<T> left[kBlocks];
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) left[m] = a[m].step(i);
 #pragma unroll
       for (int n = 0; n < kN / 16; ++n) {
         const Right<T> right = load_right_transposed(b, 16 * n, i * kStep<T>);
-        multiply_step<T>(acc.x[2 * n], acc.x[2 * n + 1], left, right);
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m) {
+          multiply_step<T>(acc[m].x[2 * n], acc[m].x[2 * n + 1], left[m], right);
+        }
       }
     }
   }
 }
 
-// acc += a b with a [16, K] and b [K, N]. Only the first `cols` columns of b are looked at, up to
-// a quarter of N more.
-template <typename T, int kK, int kN, typename Rows>
+template <typename T, int kN, int kK, typename Rows>
+__device__ __forceinline__ void multiply_transposed(
+    Accumulator<kN>& acc, const Rows& a, const SharedTile<T, kN, kK>& b, int depth = kK) {
+  multiply_transposed<1>(&acc, &a, b, depth);
+}
+
+// acc += a b with a [16, K] and b [K, N], for kBlocks blocks of 16 rows. Only the first `cols`
+// columns of b are looked at, up to a quarter of N more.
+template <int kBlocks, typename T, int kK, int kN, typename Rows>
 __device__ __forceinline__ void multiply(
-    Accumulator<kN>& acc, const Rows& a, const SharedTile<T, kK, kN>& b, int cols = kN) {
+    Accumulator<kN>* acc, const Rows* a, const SharedTile<T, kK, kN>& b, int cols) {
   static_assert(Rows::kCols == kK && kN % 16 == 0);
-  constexpr int kBlocks = kN / 16, kPart = kBlocks % 4 == 0 ? kBlocks / 4 : kBlocks;
+  constexpr int kCols = kN / 16, kPart = kCols % 4 == 0 ? kCols / 4 : kCols;
 #pragma unroll
-  for (int part = 0; part < kBlocks; part += kPart) {
+  for (int part = 0; part < kCols; part += kPart) {
     if (part > 0 && part * 16 >= cols) break;
 #pragma unroll
     for (int i = 0; i < kK / kStep<T>; ++i) {
-      const Left<T> left = a.step(i);
+      Left<T> left[kBlocks];
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) left[m] = a[m].step(i);
 #pragma unroll
       for (int n = part; n < part + kPart; ++n) {
         const Right<T> right = load_right(b, i * kStep<T>, 16 * n);
-        multiply_step<T>(acc.x[2 * n], acc.x[2 * n + 1], left, right);
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m) {
+          multiply_step<T>(acc[m].x[2 * n], acc[m].x[2 * n + 1], left[m], right);
+        }
       }
     }
   }
+}
+
+template <typename T, int kK, int kN, typename Rows>
+__device__ __forceinline__ void multiply(
+    Accumulator<kN>& acc, const Rows& a, const SharedTile<T, kK, kN>& b, int cols = kN) {
+  multiply<1>(&acc, &a, b, cols);
 }
 
 // Over the four lanes that share a row of accumulators.

@@ -13,7 +13,11 @@ from attnvariants.ops._library import once_differentiable, register
 
 ACTIVATIONS = ("softmax", "relu")
 
-_ENGINES = {"eager": "attnvariants.eager.diag", "triton": "attnvariants.kernels.diag"}
+_ENGINES = {
+    "eager": "attnvariants.eager.diag",
+    "triton": "attnvariants.kernels.diag",
+    "cuda": "attnvariants.ops._cuda_diag",  # without a backward
+}
 
 
 class BlockAttention(torch.autograd.Function):

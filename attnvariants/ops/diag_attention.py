@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from attnvariants import _checks
-from attnvariants._select import select
+from attnvariants._select import forward_only, select
 from attnvariants.ops._library import call_reference
 from attnvariants.ops.diag import ACTIVATIONS, BlockAttention
 
@@ -98,7 +98,7 @@ def diag_attention_with_stats(
     q, k, v = _checks.autocast(q, k, v)  # type: ignore[assignment]
     _checks.same_dtype(function, q=q, k=k, v=v)
 
-    impl = select(function, impl, q.device, q.dtype)
+    impl = select(function, impl, q.device, q.dtype, forward_only(function, q, k, v))
     if impl == "reference":
         from attnvariants.reference import diag_attention as reference
 

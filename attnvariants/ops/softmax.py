@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from attnvariants import _checks
-from attnvariants._select import select
+from attnvariants._select import forward_only, select
 from attnvariants._types import AttentionStats, Window
+from attnvariants.ops import _cuda_softmax_forward
 from attnvariants.ops._library import call_reference, once_differentiable, register
 
 GATE_ACTIVATIONS = ("sigmoid", "ns_sigmoid", "softplus")
 
-_ENGINES = {"eager": "attnvariants.eager.softmax", "triton": "attnvariants.kernels.softmax"}
+_ENGINES = {
+    "eager": "attnvariants.eager.softmax",
+    "triton": "attnvariants.kernels.softmax",
+    "cuda": "attnvariants.ops._cuda_softmax_forward",  # without a backward
+}
 
 
 def attend(
@@ -60,7 +65,8 @@ def attend(
     if gate is not None:
         _checks.dtype_among(function, "gate", gate, (dtype, _checks.state_dtype(dtype)))
 
-    impl = select(function, impl, q.device, dtype)
+    obstacles = forward_only(function, q, k, v, gate) or _cuda_softmax_forward.obstacles(windows)
+    impl = select(function, impl, q.device, dtype, obstacles)
     if impl == "reference":
         from attnvariants.reference.gated_sdpa import gated_sdpa
 

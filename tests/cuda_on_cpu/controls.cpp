@@ -14,6 +14,8 @@ extern "C" void cuda_on_cpu_order(unsigned seed) { cuda_on_cpu::settings.seed = 
 
 extern "C" void cuda_on_cpu_processors(int count) { cuda_on_cpu::settings.processors = count; }
 
+extern "C" void cuda_on_cpu_shared_memory(int bytes) { cuda_on_cpu::settings.shared = bytes; }
+
 // tiles_per_part of csrc/split_plan.h.
 extern "C" long long split_plan(
     const long long* tiles, int heads, long long parallel, long long resident) {

@@ -59,6 +59,14 @@ T atomicMax(T* address, T value) {
 }
 
 template <typename T>
+T atomicMin(T* address, T value) {
+  const T old = *address;
+  *address = value < old ? value : old;
+  cuda_on_cpu::pass_turn();
+  return old;
+}
+
+template <typename T>
 T atomicExch(T* address, T value) {
   const T old = *address;
   *address = value;
@@ -86,7 +94,8 @@ constexpr T max(T a, T b) { return a < b ? b : a; }
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerMultiprocessor };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
@@ -94,10 +103,14 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 inline cudaError_t cudaGetDevice(int* device) { *device = -1; return cudaSuccess; }  // torch's CPU
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = cuda_on_cpu::settings.processors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const cuda_on_cpu::Settings& settings = cuda_on_cpu::settings;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? settings.processors : settings.shared;
   return cudaSuccess;
 }
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) { return cudaSuccess; }
 
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {

@@ -79,6 +79,7 @@ struct Fiber {
 struct Settings {
   unsigned seed = 0;   // 0: ascending order
   int processors = 3;  // what a launch that shares out work is told
+  int shared = static_cast<int>(kDynamicSharedBytes);  // bytes per processor
 };
 
 inline Settings settings;
