@@ -39,12 +39,14 @@ CUDA_FUNCTIONS = frozenset(
         "gated_sdpa",
         "ls_attention",
         "diag_attention",
+        "gated_linear_attention",
+        "norm_linear_attention",
         "attention_decode",
         "linear_attention_decode",
     }
 )
 # Those of CUDA_FUNCTIONS whose kernel has no backward.
-FORWARD_ONLY = frozenset({"gated_sdpa", "ls_attention", "diag_attention"})
+FORWARD_ONLY = CUDA_FUNCTIONS - {"attention_decode", "linear_attention_decode"}
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnvariants import _checks
-from attnvariants._select import select
+from attnvariants._select import forward_only, select
 from attnvariants._types import AttentionStats
 from attnvariants.ops._library import call_reference, once_differentiable, register
 
@@ -96,7 +96,8 @@ def attend(
     if initial_state is not None:
         _checks.dtype_among(function, "initial_state", initial_state, (wide,))
 
-    impl = select(function, impl, q.device, q.dtype)
+    floating = (q, k, v, g, initial_state, norm_weight, gate)
+    impl = select(function, impl, q.device, q.dtype, forward_only(function, *floating))
     if impl == "reference":
         common = {"norm": norm, "norm_weight": norm_weight, "eps": eps, "gate": gate}
         common |= {"gate_activation": gate_activation, "initial_state": initial_state}
