@@ -7,43 +7,25 @@
 #pragma once
 
 #include "linear_forward.h"
+#include "linear_products.cuh"
 #include "maps.cuh"
-#include "tiles.cuh"
 
 namespace attnvariants {
 
 inline constexpr int kSlice = 64;   // key channels
-inline constexpr int kBlock = 16;   // rows and columns of a warp's product
 inline constexpr int kValues = 64;  // columns of a tile of the values, for 4 warps
 inline constexpr int kGroups = 8;  // of a chunk's rows
 inline constexpr int kMaxWarps = 8;
 inline constexpr int kMaxSlices = 4;
 inline constexpr int kMaxLevels = 6;
 
-// bf16 inputs are multiplied as bf16. float16 inputs are multiplied as TF32, which has as many
-// digits and does not overflow where scores and states do, and float32 inputs as pairs of TF32.
-template <typename T>
-struct Multiplied {
-  using Element = float;
+// Chunks of kRows_ tokens, for inputs of type T_.
+template <typename T_, int kRows_>
+struct Chunk {
+  using T = T_;
+  using E = Element<T>;
+  static constexpr int kRows = kRows_, kGroupRows = kRows / kGroups, kBlocks = kRows / kBlock;
 };
-template <>
-struct Multiplied<__nv_bfloat16> {
-  using Element = __nv_bfloat16;
-};
-template <typename T>
-using Element = typename Multiplied<T>::Element;
-
-template <typename T>
-inline constexpr bool kSplitOperands = sizeof(T) == 4;  // see multiply_step
-
-// Steps of 16 in loops over shared memory whose operands may be in registers at once.
-template <typename T>
-inline constexpr int kUnroll = sizeof(Element<T>) == 2 ? 4 : 1;
-
-template <typename T>
-inline constexpr int kTokens = sizeof(Element<T>) == 2 ? 64 : 32;  // of a chunk
-template <typename T>
-inline constexpr int kGroupRows = kTokens<T> / kGroups;
 
 // A log-decay that is smaller is replaced by this, whose exponential is 0 as well. Unlike those of
 // -inf, its sums and multiples are numbers.
@@ -97,11 +79,11 @@ __device__ __forceinline__ float2 load_pair(const E* source) {
 
 inline constexpr int kStagedRow = kBlock + 4;  // rows lie in different banks
 
-template <typename T>
+template <typename C>
 class ChunkMemory {
  public:
-  using E = Element<T>;
-  static constexpr int kRows = kTokens<T>;
+  using E = typename C::E;
+  static constexpr int kRows = C::kRows;
   using Keys = SharedTile<E, kRows, kSlice>;
   using Values = SharedTile<E, kRows, kValues>;
   using Scores = SharedTile<E, kRows, kRows>;
@@ -139,7 +121,8 @@ class ChunkMemory {
   __device__ __forceinline__ Aging* aging() const { return at<Aging>(kAgingAt); }
   __device__ __forceinline__ Sum* segment() const { return at<Sum>(kSegmentAt); }
 
-  // Squares of outputs, [warps, rows], and in the place of q and k 16 x 16 outputs of a warp.
+  // Squares of outputs, [warps, rows], and in the place of all tiles of keys 16 x 16 outputs of a
+  // warp.
   __device__ __forceinline__ float* squares() const { return at<float>(kSquaresAt); }
   __device__ __forceinline__ float* staged(int warp) const {
     return at<float>(0) + warp * kBlock * kStagedRow;
@@ -153,7 +136,7 @@ class ChunkMemory {
   static constexpr int kSquaresAt = kSegmentAt + kMaxSlices * kSlice * int{sizeof(Sum)};
   static constexpr int kValuesAt = kSquaresAt + kMaxWarps * kRows * 4;
   static_assert(Scores::kBytes <= Keys::kBytes && kMaxLevels + 3 <= kSlice);
-  static_assert(kMaxWarps * kBlock * kStagedRow * 4 <= 2 * Keys::kBytes);
+  static_assert(kMaxWarps * kBlock * kStagedRow * 4 <= kDecayAt);
 
   template <typename X>
   __device__ __forceinline__ X* at(int offset) const {
@@ -235,15 +218,15 @@ __device__ __forceinline__ void load_log_decay(
 
 // The decay of every row at every level, see linear_scores.cuh, since the start and until the end
 // of the chunk, and the aging of the state. Begins with a barrier behind the loads of g.
-template <typename T>
+template <typename C>
 __device__ __forceinline__ void prepare_token_decay(
-    const ChunkMemory<T>& memory, const LogDecay& decay, const ChunkPlace& place, bool levels) {
-  constexpr int kRows = kTokens<T>;
+    const ChunkMemory<C>& memory, const LogDecay& decay, const ChunkPlace& place, bool levels) {
+  constexpr int kRows = C::kRows;
   for (int row = threadIdx.x; row < kRows; row += blockDim.x) {
     float g = 0.0f;
     if (row < place.live) {
       const int64_t index = place.offset(decay.strides) + row * decay.strides.time;
-      g = bounded(load_either<T>(decay.g, index, decay.is_float));
+      g = bounded(load_either<typename C::T>(decay.g, index, decay.is_float));
     }
     memory.token_g()[row] = g;
   }
@@ -256,13 +239,13 @@ __device__ __forceinline__ void prepare_token_decay(
   for (int i = threadIdx.x; i < (kMaxLevels + 2) * kRows; i += blockDim.x) {
     const int level = i / kRows, row = i % kRows;
     if (level == kMaxLevels) {
-      memory.token_start()[row] = decay_factor<T>(sum(0, row + 1));
+      memory.token_start()[row] = decay_factor<typename C::T>(sum(0, row + 1));
     } else if (level > kMaxLevels) {
-      memory.token_end()[row] = decay_factor<T>(sum(row + 1, kRows));
+      memory.token_end()[row] = decay_factor<typename C::T>(sum(row + 1, kRows));
     } else if (levels && 1 << level < kRows) {
       const int half = row >> level;
       const float x = half % 2 == 1 ? sum(half << level, row + 1) : sum(row + 1, (half + 1) << level);
-      memory.token_level(level)[row] = decay_factor<T>(x);
+      memory.token_level(level)[row] = decay_factor<typename C::T>(x);
     }
   }
   if (threadIdx.x < kSlice) {
@@ -274,26 +257,27 @@ __device__ __forceinline__ void prepare_token_decay(
 
 // --- A decay per channel. A lane has two channels, and a warp one group of rows at a time.
 
-template <typename T>
-__device__ __forceinline__ float2 group_total(const ChunkMemory<T>& memory, int begin, int end) {
+template <typename C>
+__device__ __forceinline__ float2 group_total(
+    const ChunkMemory<C>& memory, int begin, int end, int lane) {
   float2 sum = {};
   for (int group = begin; group < end; ++group) {
-    const float2 x = load_pair(memory.totals() + group * kSlice + 2 * lane_index());
+    const float2 x = load_pair(memory.totals() + group * kSlice + 2 * lane);
     sum.x += x.x;
     sum.y += x.y;
   }
   return sum;
 }
 
-template <typename T>
-__device__ __forceinline__ void add_up_groups(const ChunkMemory<T>& memory, int filled) {
-  const int lane = lane_index(), warps = blockDim.x / 32;
+template <typename C>
+__device__ __forceinline__ void add_up_groups(const ChunkMemory<C>& memory, int filled) {
+  const int lane = fresh_lane(), warps = blockDim.x / 32;
   if (2 * lane >= filled) return;
   for (int group = threadIdx.x / 32; group < kGroups; group += warps) {
     float2 sum = {};
 #pragma unroll
-    for (int i = 0; i < kGroupRows<T>; ++i) {
-      const float2 g = load_pair(memory.g() + (group * kGroupRows<T> + i) * kSlice + 2 * lane);
+    for (int i = 0; i < C::kGroupRows; ++i) {
+      const float2 g = load_pair(memory.g() + (group * C::kGroupRows + i) * kSlice + 2 * lane);
       sum.x += g.x;
       sum.y += g.y;
     }
@@ -302,9 +286,9 @@ __device__ __forceinline__ void add_up_groups(const ChunkMemory<T>& memory, int 
 }
 
 // The aging of the state, behind add_up_groups and a barrier.
-template <typename T>
+template <typename C>
 __device__ __forceinline__ void prepare_aging(
-    const ChunkMemory<T>& memory, int slice, int filled) {
+    const ChunkMemory<C>& memory, int slice, int filled) {
   const int channel = threadIdx.x;
   if (channel >= filled) return;
   float total = 0.0f;
@@ -316,10 +300,10 @@ __device__ __forceinline__ void prepare_aging(
 
 // target = source times the decay from the rows' run on (kForward) or up to its end. `sum` is that
 // of rows of the run in other groups.
-template <typename T, bool kForward, int kCount, typename Tile>
+template <typename C, bool kForward, int kCount, typename Tile>
 __device__ __forceinline__ void decay_rows(
-    const Tile& target, const Tile& source, const float* g, int first, float2 sum) {
-  const int col = 2 * lane_index();
+    const Tile& target, const Tile& source, const float* g, int first, float2 sum, int lane) {
+  const int col = 2 * lane;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int row = first + (kForward ? i : kCount - 1 - i);
@@ -329,7 +313,7 @@ __device__ __forceinline__ void decay_rows(
       sum.y += own.y;
     }
     const float2 x = load_pair(source.at(row, col));
-    store_pair(target.at(row, col), x.x * decay_factor<T>(sum.x), x.y * decay_factor<T>(sum.y));
+    store_pair(target.at(row, col), x.x * decay_factor<typename C::T>(sum.x), x.y * decay_factor<typename C::T>(sum.y));
     if (!kForward) {
       sum.x += own.x;
       sum.y += own.y;
@@ -340,19 +324,20 @@ __device__ __forceinline__ void decay_rows(
 // --- Either.
 
 // q times the decay since the start of the chunk, and k times that until its end, in place.
-template <typename T>
+template <typename C>
 __device__ __forceinline__ void decay_slice(
-    const ChunkMemory<T>& memory, bool per_channel, int filled) {
-  const int lane = lane_index(), warps = blockDim.x / 32;
+    const ChunkMemory<C>& memory, bool per_channel, int filled) {
+  const int lane = fresh_lane(), warps = blockDim.x / 32;
   if (2 * lane >= filled) return;
-  constexpr int kCount = kGroupRows<T>;
+  constexpr int kCount = C::kGroupRows;
   for (int group = threadIdx.x / 32; group < kGroups; group += warps) {
     const int first = group * kCount;
     if (per_channel) {
-      decay_rows<T, true, kCount>(
-          memory.q(), memory.q(), memory.g(), first, group_total(memory, 0, group));
-      decay_rows<T, false, kCount>(
-          memory.k(), memory.k(), memory.g(), first, group_total(memory, group + 1, kGroups));
+      decay_rows<C, true, kCount>(
+          memory.q(), memory.q(), memory.g(), first, group_total(memory, 0, group, lane), lane);
+      decay_rows<C, false, kCount>(
+          memory.k(), memory.k(), memory.g(), first, group_total(memory, group + 1, kGroups, lane),
+          lane);
       continue;
     }
 #pragma unroll

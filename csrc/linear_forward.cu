@@ -74,16 +74,15 @@ struct WarpState {
   // Calls f(element, entry) for the entries of a state [K, V] in memory.
   template <typename F>
   __device__ __forceinline__ void for_entries(const LinearForward& p, int col, F f) {
+    const int lane = fresh_lane();
+    int key = col_of(0, lane);
 #pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
+    for (int j = 0; j < kSlices * kSlice / 8; ++j, key += 8) {
 #pragma unroll
-      for (int j = 0; j < kSlice / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int key = slice * kSlice + 8 * j + col_of(e), value = col + row_of(e);
-          if (key < p.key_dim && value < p.value_dim) {
-            f(x[slice].x[j][e], static_cast<int64_t>(key) * p.value_dim + value);
-          }
+      for (int e = 0; e < 4; ++e) {
+        const int value = col + row_of(e, lane);
+        if (key + e % 2 < p.key_dim && value < p.value_dim) {
+          f(x[j / (kSlice / 8)].x[j % (kSlice / 8)][e], (key + e % 2) * p.value_dim + value);
         }
       }
     }
@@ -93,21 +92,20 @@ struct WarpState {
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) x[slice].clear();
     if (from != nullptr) {
-      for_entries(p, col, [&](float& element, int64_t entry) { element = from[entry]; });
+      for_entries(p, col, [&](float& element, int entry) { element = from[entry]; });
     }
   }
 
   __device__ __forceinline__ void store(const LinearForward& p, float* to, int col) {
-    for_entries(p, col, [&](float& element, int64_t entry) { to[entry] = element; });
+    for_entries(p, col, [&](float& element, int entry) { to[entry] = element; });
   }
 };
 
 // The outputs of a chunk's rows in a warp's 16 columns.
-template <typename T>
+template <typename C>
 struct ChunkOutputs {
-  static constexpr int kBlocks = kTokens<T> / kBlock;
-  using E = Element<T>;
-
+  static constexpr int kBlocks = C::kBlocks;
+  using T = typename C::T;
   Accumulator<kBlock> x[kBlocks];
 
   __device__ __forceinline__ void clear() {
@@ -117,19 +115,16 @@ struct ChunkOutputs {
 
   // Adds q S over a slice of the keys.
   __device__ __forceinline__ void add_state(
-      const ChunkMemory<T>& memory, const Accumulator<kSlice>& state, int live, int depth) {
+      const ChunkMemory<C>& memory, const Accumulator<kSlice>& state, int live, int depth) {
+    const int lane = fresh_lane();
 #pragma unroll
-    for (int i = 0; i < kSlice; i += kBlock) {
-      if (i >= depth) break;
+    for (int i = 0; i < kSlice / kBlock; ++i) {
+      if (i * kBlock >= depth) break;
+      const RightBlock<T> right = right_block_of<T>(state, i);
 #pragma unroll
-      for (int j = i; j < i + kBlock; j += kStep<E>) {
-        const Right<E> right = state.template as_right<E>(j / kStep<E>);
-#pragma unroll
-        for (int m = 0; m < kBlocks; ++m) {
-          if (m * kBlock >= live) continue;
-          multiply_step<E, kSplitOperands<T>>(
-              x[m].x[0], x[m].x[1], load_left(memory.q(), m * kBlock, j), right);
-        }
+      for (int m = 0; m < kBlocks; ++m) {
+        if (m * kBlock >= live) continue;
+        multiply_block<T>(x[m], left_block<T>(memory.q(), m * kBlock, i * kBlock, lane), right);
       }
     }
   }
@@ -137,18 +132,16 @@ struct ChunkOutputs {
   // Adds A v.
   template <typename Values>
   __device__ __forceinline__ void add_values(
-      const ChunkMemory<T>& memory, const Values& v, int col, int live) {
+      const ChunkMemory<C>& memory, const Values& v, int col, int live) {
+    const int lane = fresh_lane();
 #pragma unroll 1
     for (int i = 0; i * kBlock < live; ++i) {
+      const RightBlock<T> right = right_block<T>(v, i * kBlock, col, lane);
 #pragma unroll
-      for (int j = i * kBlock; j < (i + 1) * kBlock; j += kStep<E>) {
-        const Right<E> right = load_right(v, j, col);
-#pragma unroll
-        for (int m = 0; m < kBlocks; ++m) {
-          if (m < i || m * kBlock >= live) continue;
-          multiply_step<E, kSplitOperands<T>>(
-              x[m].x[0], x[m].x[1], load_left(memory.scores(), m * kBlock, j), right);
-        }
+      for (int m = 0; m < kBlocks; ++m) {
+        if (m < i || m * kBlock >= live) continue;
+        multiply_block<T>(
+            x[m], left_block<T>(memory.scores(), m * kBlock, i * kBlock, lane), right);
       }
     }
   }
@@ -156,9 +149,9 @@ struct ChunkOutputs {
   // Norm, weight and gate, and to memory; `tile` is of the values, `col` the warp's first column.
   // All threads of the block call it.
   __device__ __forceinline__ void finish(
-      const LinearForward& p, const ChunkMemory<T>& memory, const ChunkPlace& place, int tile,
+      const LinearForward& p, const ChunkMemory<C>& memory, const ChunkPlace& place, int tile,
       int col) {
-    const int warp = threadIdx.x / 32;
+    const int warp = threadIdx.x / 32, lane = fresh_lane();
     const bool normed = p.epilogue.norm != Norm::kNone;
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) {
@@ -171,11 +164,11 @@ struct ChunkOutputs {
       }
       if (!normed) continue;
       squares = row_sum(squares);
-      if (lane_index() % 4 == 0) {
-        memory.squares()[warp * kTokens<T> + i / 2 * kBlock + row_of(i % 2 * 2)] = squares;
+      if (lane % 4 == 0) {
+        memory.squares()[warp * C::kRows + i / 2 * kBlock + row_of(i % 2 * 2, lane)] = squares;
       }
     }
-    __syncthreads();  // also: nobody needs q and k any more
+    __syncthreads();  // also: nobody needs q, k and the scores any more
     float* const staged = memory.staged(warp);
 #pragma unroll 1
     for (int n = 0; n * kBlock < place.live && col < p.value_dim; ++n) {
@@ -184,12 +177,12 @@ struct ChunkOutputs {
         if (m != n) continue;  // which of the registers
 #pragma unroll
         for (int e = 0; e < 8; e += 2) {
-          store_pair(staged + row_of(e % 4) * kStagedRow + e / 4 * 8 + col_of(0),
+          store_pair(staged + row_of(e % 4, lane) * kStagedRow + e / 4 * 8 + col_of(0, lane),
                      x[m].x[e / 4][e % 4], x[m].x[e / 4][e % 4 + 1]);
         }
       }
       __syncwarp();
-      finish_run(p, memory, place, tile, col, n);
+      finish_run(p, memory, place, tile, col, n, lane);
       __syncwarp();
     }
   }
@@ -197,11 +190,11 @@ struct ChunkOutputs {
  private:
   // 8 neighbouring outputs of one row for every lane, from where they are staged.
   static __device__ __forceinline__ void finish_run(
-      const LinearForward& p, const ChunkMemory<T>& memory, const ChunkPlace& place, int tile,
-      int col, int block) {
+      const LinearForward& p, const ChunkMemory<C>& memory, const ChunkPlace& place, int tile,
+      int col, int block, int lane) {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int block_row = lane_index() / 2, row = block * kBlock + block_row;
-    const int first = lane_index() % 2 * kRun;
+    const int block_row = lane / 2, row = block * kBlock + block_row;
+    const int first = lane % 2 * kRun;
     if (row >= place.live || col + first >= p.value_dim) return;
     const int64_t token = place.first + row;
     const int64_t out_row =
@@ -209,7 +202,7 @@ struct ChunkOutputs {
     float factor = 1.0f;
     if (p.epilogue.norm != Norm::kNone) {
       float squares = 0.0f;
-      for (int w = 0; w < warps; ++w) squares += memory.squares()[w * kTokens<T> + row];
+      for (int w = 0; w < warps; ++w) squares += memory.squares()[w * C::kRows + row];
       if (!p.norm_later) {
         factor = rsqrtf(squares / p.value_dim + p.epilogue.eps);
       } else {
@@ -236,41 +229,43 @@ struct ChunkOutputs {
 };
 
 // S = exp(G_C) S + k^T v for a slice of the keys and a warp's 16 values.
-template <typename T, typename Values>
+template <typename C, typename Values>
 __device__ __forceinline__ void update_state(
-    const ChunkMemory<T>& memory, Accumulator<kSlice>& state, const Values& v, int col,
+    const ChunkMemory<C>& memory, Accumulator<kSlice>& state, const Values& v, int col,
     int live, int depth, bool decays) {
-  using E = Element<T>;
+  using T = typename C::T;
+  const int lane = fresh_lane();
 #pragma unroll
   for (int n = 0; n < kSlice / kBlock; ++n) {
     if (n * kBlock >= depth) break;
     Accumulator<kBlock> write;
     write.clear();
-#pragma unroll (kUnroll<T>)
+#pragma unroll 1
     for (int i = 0; i < live; i += kBlock) {
-#pragma unroll
-      for (int j = i; j < i + kBlock; j += kStep<E>) {
-        multiply_step<E, kSplitOperands<T>>(
-            write.x[0], write.x[1], load_left_transposed(v, j, col),
-            load_right(memory.k(), j, n * kBlock));
-      }
+      multiply_block<T>(write, left_block_transposed<T>(v, i, col, lane),
+                        right_block<T>(memory.k(), i, n * kBlock, lane));
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& s = state.x[2 * n + i][e];
-        if (decays) s = memory.aging()[n * kBlock + 8 * i + col_of(e)](s, write.x[i][e]);
+        if (decays) s = memory.aging()[n * kBlock + 8 * i + col_of(e, lane)](s, write.x[i][e]);
         else s += write.x[i][e];
       }
     }
   }
 }
 
+// A wide state leaves fewer registers to the rows of a chunk.
+template <typename T, int kSlices>
+using ChunkOf = Chunk<T, sizeof(Element<T>) == 2 && kSlices < kMaxSlices ? 64 : 32>;
+
 template <typename T, int kSlices>
 __global__ void __launch_bounds__(32 * kMaxWarps)
 linear_forward_kernel(const __grid_constant__ LinearForward p, const Pass pass) {
-  const ChunkMemory<T> memory(dynamic_shared);
+  using C = ChunkOf<T, kSlices>;
+  const ChunkMemory<C> memory(dynamic_shared);
   const int warp = threadIdx.x / 32;
   const int tile = blockIdx.x % p.value_tiles;
   const int head = blockIdx.x / p.value_tiles % p.heads;
@@ -303,11 +298,11 @@ linear_forward_kernel(const __grid_constant__ LinearForward p, const Pass pass) 
     const bool outputs = pass.outputs && !(twice && turn == 0);
     const bool scores = outputs && p.causal;
 #pragma unroll 1
-    for (int64_t t = segment.begin; t < segment.end; t += kTokens<T>) {
-      const int live = static_cast<int>(min(segment.end - t, int64_t{kTokens<T>}));
+    for (int64_t t = segment.begin; t < segment.end; t += C::kRows) {
+      const int live = static_cast<int>(min(segment.end - t, int64_t{C::kRows}));
       const ChunkPlace place = {segment.batch, head, t, live};
-      ChunkOutputs<T> o;
-      ChunkScores<T> a;
+      ChunkOutputs<C> o;
+      ChunkScores<C> a;
       o.clear();
       a.clear();
       if (decays && !per_channel) prepare_token_decay(memory, p.decay, place, scores);
@@ -332,7 +327,7 @@ linear_forward_kernel(const __grid_constant__ LinearForward p, const Pass pass) 
                            p.k_aligned, p.feature_map);
         }
         if (per_channel) {
-          load_log_decay<T>(memory.g(), kTokens<T>, p.decay, place, first, depth, p.key_dim);
+          load_log_decay<T>(memory.g(), C::kRows, p.decay, place, first, depth, p.key_dim);
         }
         __syncthreads();
         if (per_channel) {
@@ -352,7 +347,7 @@ linear_forward_kernel(const __grid_constant__ LinearForward p, const Pass pass) 
         for (int i = 0; i < kSlices; ++i) {
           if (i != slice || !busy) continue;
           if (outputs) o.add_state(memory, state.x[i], live, depth);
-          if (updates) update_state<T>(memory, state.x[i], v, v_col, live, depth, decays);
+          if (updates) update_state<C>(memory, state.x[i], v, v_col, live, depth, decays);
         }
       }
       if (scores) {
@@ -442,27 +437,26 @@ linear_norm_kernel(const __grid_constant__ LinearForward p) {
   store_run(out, col, p.value_dim, aligned, run);
 }
 
-using Kernel = void (*)(LinearForward, Pass);
-
-template <typename T>
-Kernel choose(int key_dim) {
-  if (key_dim <= kSlice) return linear_forward_kernel<T, 1>;
-  if (key_dim <= 2 * kSlice) return linear_forward_kernel<T, 2>;
-  return linear_forward_kernel<T, 4>;
+template <typename T, int kSlices>
+cudaError_t launch_pass(const LinearForward& call, const Pass& pass, cudaStream_t stream) {
+  const auto kernel = linear_forward_kernel<T, kSlices>;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(call.slots) * call.heads * call.value_tiles);
+  config.blockDim = dim3(32 * call.warps);
+  config.dynamicSmemBytes = ChunkMemory<ChunkOf<T, kSlices>>::bytes(call.warps);
+  config.stream = stream;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+      static_cast<int>(config.dynamicSmemBytes));
+  if (error != cudaSuccess) return error;
+  return cudaLaunchKernelEx(&config, kernel, call, pass);
 }
 
 template <typename T>
 cudaError_t launch_pass(const LinearForward& call, const Pass& pass, cudaStream_t stream) {
-  const Kernel kernel = choose<T>(call.key_dim);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(call.slots) * call.heads * call.value_tiles);
-  config.blockDim = dim3(32 * call.warps);
-  config.dynamicSmemBytes = ChunkMemory<T>::bytes(call.warps);
-  config.stream = stream;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.dynamicSmemBytes));
-  if (error != cudaSuccess) return error;
-  return cudaLaunchKernelEx(&config, kernel, call, pass);
+  if (call.key_dim <= kSlice) return launch_pass<T, 1>(call, pass, stream);
+  if (call.key_dim <= 2 * kSlice) return launch_pass<T, 2>(call, pass, stream);
+  return launch_pass<T, kMaxSlices>(call, pass, stream);
 }
 
 cudaError_t launch_scan(const LinearForward& call, cudaStream_t stream) {

@@ -31,23 +31,20 @@ __device__ __forceinline__ void locate_block(int index, int& row, int& col) {
 template <typename T, typename Tile>
 __device__ __forceinline__ void multiply_rows(
     Accumulator<kBlock>& acc, const Tile& a, int a_row, const Tile& b, int b_row, int depth) {
-  using E = Element<T>;
-#pragma unroll (kUnroll<T>)
+  const int lane = fresh_lane();
+#pragma unroll 1
   for (int i = 0; i < depth; i += kBlock) {
-#pragma unroll
-    for (int j = 0; j < kBlock; j += kStep<E>) {
-      multiply_step<E, kSplitOperands<T>>(
-          acc.x[0], acc.x[1], load_left(a, a_row, i + j), load_right_transposed(b, b_row, i + j));
-    }
+    multiply_block<T>(
+        acc, left_block<T>(a, a_row, i, lane), right_block_transposed<T>(b, b_row, i, lane));
   }
 }
 
-template <typename T>
+template <typename C>
 struct ChunkScores {
-  static constexpr int kBlocks = kTokens<T> / kBlock;
+  static constexpr int kBlocks = C::kBlocks;
   static constexpr int kCount = kBlocks * (kBlocks + 1) / 2;
   static constexpr int kOwn = (kCount + 3) / 4;  // of 4 warps
-  using Tile = typename ChunkMemory<T>::Keys;
+  using Tile = typename ChunkMemory<C>::Keys;
 
   Accumulator<kBlock> acc[kOwn];
 
@@ -57,7 +54,7 @@ struct ChunkScores {
   }
 
   // A slice's part without a decay.
-  __device__ __forceinline__ void add(const ChunkMemory<T>& memory, int live, int depth) {
+  __device__ __forceinline__ void add(const ChunkMemory<C>& memory, int live, int depth) {
     add_products(memory.q(), memory.k(), live, depth, [](int, int) { return true; },
                  [](int, int) { return true; });
   }
@@ -65,7 +62,7 @@ struct ChunkScores {
   // A slice's part with a decay per channel. Called by all threads, behind add_up_groups and a
   // barrier.
   __device__ __forceinline__ void add_decayed(
-      const ChunkMemory<T>& memory, int live, int depth) {
+      const ChunkMemory<C>& memory, int live, int depth) {
     add_products(memory.q(), memory.k(), live, depth, [](int row, int col) { return row == col; },
                  [](int i, int j) { return i == j; });
     // Where 1 << level >= live, no query has a key so far behind.
@@ -84,13 +81,15 @@ struct ChunkScores {
   }
 
   // With a decay per token, which the products lack so far.
-  __device__ __forceinline__ void decay_tokens(const ChunkMemory<T>& memory, int live) {
+  __device__ __forceinline__ void decay_tokens(const ChunkMemory<C>& memory, int live) {
+    const int lane = fresh_lane();
     for_own_blocks(live, [&](Accumulator<kBlock>& acc, int row, int col) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int i = row * kBlock + row_of(e), j = col * kBlock + 8 * n + col_of(e);
+          const int i = row * kBlock + row_of(e, lane);
+          const int j = col * kBlock + 8 * n + col_of(e, lane);
           if (i <= j) continue;
           const float* level = memory.token_level(31 - __clz(i ^ j));
           acc.x[n][e] *= level[i] * level[j];
@@ -100,13 +99,15 @@ struct ChunkScores {
   }
 
   // Leaves the scores in shared memory, 0 above the diagonal, for a product with the values.
-  __device__ __forceinline__ void write(const ChunkMemory<T>& memory, int live) {
+  __device__ __forceinline__ void write(const ChunkMemory<C>& memory, int live) {
+    const int lane = fresh_lane();
     for_own_blocks(live, [&](Accumulator<kBlock>& acc, int row, int col) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; e += 2) {
-          const int i = row * kBlock + row_of(e), j = col * kBlock + 8 * n + col_of(e);
+          const int i = row * kBlock + row_of(e, lane);
+          const int j = col * kBlock + 8 * n + col_of(e, lane);
           store_pair(memory.scores().at(i, j), i >= j ? acc.x[n][e] : 0.0f,
                      i >= j + 1 ? acc.x[n][e + 1] : 0.0f);
         }
@@ -143,13 +144,14 @@ struct ChunkScores {
       if (!locate_own(n, live, row, col) || !wants_block(row, col)) continue;
       Accumulator<kBlock> products;
       products.clear();
-      multiply_rows<T>(products, a, row * kBlock, b, col * kBlock, depth);
+      multiply_rows<typename C::T>(products, a, row * kBlock, b, col * kBlock, depth);
+      const int lane = fresh_lane();
 #pragma unroll
       for (int m = 0; m < kOwn; ++m) {
         if (m != n) continue;  // which of the registers
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-          const int i = row_of(e % 4), j = e / 4 * 8 + col_of(e % 4);
+          const int i = row_of(e % 4, lane), j = e / 4 * 8 + col_of(e % 4, lane);
           if (row != col || wants_pair(i, j)) acc[m].x[e / 4][e % 4] += products.x[e / 4][e % 4];
         }
       }
@@ -158,21 +160,22 @@ struct ChunkScores {
 
   // The rows of a level: q exp(G_i - G_b) in upper halves, k exp(G_b - G_j) in lower ones.
   static __device__ __forceinline__ void write_level(
-      const ChunkMemory<T>& memory, const Tile& target, int level, int filled) {
-    constexpr int kRows = kGroupRows<T>;
-    if (2 * lane_index() >= filled) return;
+      const ChunkMemory<C>& memory, const Tile& target, int level, int filled) {
+    constexpr int kRows = C::kGroupRows;
+    const int lane = fresh_lane();
+    if (2 * lane >= filled) return;
     for (int group = threadIdx.x / 32; group < kGroups; group += blockDim.x / 32) {
-      if (level == 0) write_halves<1>(memory, target, group);
-      if (level == 1) write_halves<2>(memory, target, group);
-      if (kRows > 4 && level == 2) write_halves<4>(memory, target, group);
+      if (level == 0) write_halves<1>(memory, target, group, lane);
+      if (level == 1) write_halves<2>(memory, target, group, lane);
+      if (kRows > 4 && level == 2) write_halves<4>(memory, target, group, lane);
       if (1 << level < kRows) continue;
       const int half = (group * kRows) >> level, groups = (1 << level) / kRows;
       if (half % 2 == 1) {
-        decay_rows<T, true, kRows>(target, memory.q(), memory.g(), group * kRows,
-                                   group_total(memory, half * groups, group));
+        decay_rows<C, true, kRows>(target, memory.q(), memory.g(), group * kRows,
+                                   group_total(memory, half * groups, group, lane), lane);
       } else {
-        decay_rows<T, false, kRows>(target, memory.k(), memory.g(), group * kRows,
-                                    group_total(memory, group + 1, (half + 1) * groups));
+        decay_rows<C, false, kRows>(target, memory.k(), memory.g(), group * kRows,
+                                    group_total(memory, group + 1, (half + 1) * groups, lane), lane);
       }
     }
   }
@@ -180,13 +183,13 @@ struct ChunkScores {
   // Of halves that are shorter than a group of rows.
   template <int kHalf>
   static __device__ __forceinline__ void write_halves(
-      const ChunkMemory<T>& memory, const Tile& target, int group) {
-    constexpr int kRows = kGroupRows<T>;
+      const ChunkMemory<C>& memory, const Tile& target, int group, int lane) {
+    constexpr int kRows = C::kGroupRows;
 #pragma unroll
     for (int base = 0; base < kRows; base += 2 * kHalf) {
       const int row = group * kRows + base;
-      decay_rows<T, false, kHalf>(target, memory.k(), memory.g(), row, {});
-      decay_rows<T, true, kHalf>(target, memory.q(), memory.g(), row + kHalf, {});
+      decay_rows<C, false, kHalf>(target, memory.k(), memory.g(), row, {}, lane);
+      decay_rows<C, true, kHalf>(target, memory.q(), memory.g(), row + kHalf, {}, lane);
     }
   }
 };

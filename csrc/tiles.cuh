@@ -21,9 +21,21 @@ inline constexpr int kChunk = 16 / sizeof(T);  // elements of 16 bytes
 
 __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
 
+// The same, as if it were another one every time: what is computed from it is computed again where
+// it is used. A compiler would keep all addresses of a long loop in registers, and run out of them.
+__device__ __forceinline__ int fresh_lane() {
+  int lane = lane_index();
+  asm volatile("" : "+r"(lane));
+  return lane;
+}
+
 // Element e of 4 of a lane's part of a 16 x 8 block of accumulators: its row and its column.
-__device__ __forceinline__ int row_of(int e) { return lane_index() / 4 + e / 2 * 8; }
-__device__ __forceinline__ int col_of(int e) { return lane_index() % 4 * 2 + e % 2; }
+__device__ __forceinline__ int row_of(int e, int lane = lane_index()) {
+  return lane / 4 + e / 2 * 8;
+}
+__device__ __forceinline__ int col_of(int e, int lane = lane_index()) {
+  return lane % 4 * 2 + e % 2;
+}
 
 // --- Tiles in shared memory.
 
@@ -131,16 +143,16 @@ __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x)
 // Rows `row` to `row + 16` and columns from `col` on.
 template <typename T, int kRows, int kCols>
 __device__ __forceinline__ Left<T> load_left(
-    const SharedTile<T, kRows, kCols>& tile, int row, int col) {
+    const SharedTile<T, kRows, kCols>& tile, int row, int col,
+    int lane = lane_index()) {
   Left<T> a;
   if constexpr (sizeof(T) == 2) {
-    const int lane = lane_index();
     load_matrices(a.x, tile.at(row + lane % 16, col + lane / 16 * 8));
   } else {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float2 pair =
-          *reinterpret_cast<const float2*>(tile.at(row + row_of(2 * r), col + col_of(0)));
+          *reinterpret_cast<const float2*>(tile.at(row + row_of(2 * r, lane), col + col_of(0, lane)));
       a.x[r] = bits_of(pair.x);
       a.x[r + 2] = bits_of(pair.y);
     }
@@ -151,16 +163,16 @@ __device__ __forceinline__ Left<T> load_left(
 // The same of the transposed tile: its columns `col` to `col + 16`, and rows from `row` on.
 template <typename T, int kRows, int kCols>
 __device__ __forceinline__ Left<T> load_left_transposed(
-    const SharedTile<T, kRows, kCols>& tile, int row, int col) {
+    const SharedTile<T, kRows, kCols>& tile, int row, int col,
+    int lane = lane_index()) {
   Left<T> a;
   if constexpr (sizeof(T) == 2) {
-    const int lane = lane_index();
     load_matrices_transposed(
         a.x, tile.at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8));
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      a.x[i] = bits_of(*tile.at(row + col_of(i / 2), col + row_of(i % 2 * 2)));
+      a.x[i] = bits_of(*tile.at(row + col_of(i / 2, lane), col + row_of(i % 2 * 2, lane)));
     }
   }
   return a;
@@ -169,10 +181,10 @@ __device__ __forceinline__ Left<T> load_left_transposed(
 // Rows from `row` on and columns `col` to `col + 16`.
 template <typename T, int kRows, int kCols>
 __device__ __forceinline__ Right<T> load_right(
-    const SharedTile<T, kRows, kCols>& tile, int row, int col) {
+    const SharedTile<T, kRows, kCols>& tile, int row, int col,
+    int lane = lane_index()) {
   Right<T> b;
   if constexpr (sizeof(T) == 2) {
-    const int lane = lane_index();
     uint32_t x[4];
     load_matrices_transposed(x, tile.at(row + lane % 16, col + lane / 16 * 8));
     b = {{{x[0], x[1]}, {x[2], x[3]}}};
@@ -181,7 +193,7 @@ __device__ __forceinline__ Right<T> load_right(
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        b.x[n][i] = bits_of(*tile.at(row + col_of(i), col + 8 * n + row_of(0)));
+        b.x[n][i] = bits_of(*tile.at(row + col_of(i, lane), col + 8 * n + row_of(0, lane)));
       }
     }
   }
@@ -191,10 +203,10 @@ __device__ __forceinline__ Right<T> load_right(
 // The same of the transposed tile: its rows `row` to `row + 16`, and columns from `col` on.
 template <typename T, int kRows, int kCols>
 __device__ __forceinline__ Right<T> load_right_transposed(
-    const SharedTile<T, kRows, kCols>& tile, int row, int col) {
+    const SharedTile<T, kRows, kCols>& tile, int row, int col,
+    int lane = lane_index()) {
   Right<T> b;
   if constexpr (sizeof(T) == 2) {
-    const int lane = lane_index();
     uint32_t x[4];
     load_matrices(x, tile.at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8));
     b = {{{x[0], x[1]}, {x[2], x[3]}}};
@@ -202,7 +214,7 @@ __device__ __forceinline__ Right<T> load_right_transposed(
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const float2 pair =
-          *reinterpret_cast<const float2*>(tile.at(row + 8 * n + row_of(0), col + col_of(0)));
+          *reinterpret_cast<const float2*>(tile.at(row + 8 * n + row_of(0, lane), col + col_of(0, lane)));
       b.x[n][0] = bits_of(pair.x);
       b.x[n][1] = bits_of(pair.y);
     }
@@ -223,23 +235,13 @@ struct Split {
   }
 };
 
-// acc += a b for 16 columns: two 16 x 8 blocks of accumulators. In fp32 with `kSplit`, else with
-// every number rounded to TF32.
-template <typename T, bool kSplit = true>
+// acc += a b for 16 columns: two 16 x 8 blocks of accumulators.
+template <typename T>
 __device__ __forceinline__ void multiply_step(
     float (&first)[4], float (&second)[4], const Left<T>& a, const Right<T>& b) {
   if constexpr (sizeof(T) == 2) {
     mma<T>(first, a.x, b.x[0]);
     mma<T>(second, a.x, b.x[1]);
-  } else if constexpr (!kSplit) {
-    uint32_t left[4], right[2][2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      left[i] = round_to_tf32(__uint_as_float(a.x[i]));
-      right[i / 2][i % 2] = round_to_tf32(__uint_as_float(b.x[i / 2][i % 2]));
-    }
-    mma_tf32(first, left, right[0]);
-    mma_tf32(second, left, right[1]);
   } else {
     const Split<4> left(a.x);
 #pragma unroll
