@@ -25,6 +25,8 @@ struct Chunk {
   using T = T_;
   using E = Element<T>;
   static constexpr int kRows = kRows_, kGroupRows = kRows / kGroups, kBlocks = kRows / kBlock;
+  // Steps of a loop over blocks whose operands fit in registers together.
+  static constexpr int kUnroll = sizeof(E) == 2 && kRows == 64 ? 4 : 1;
 };
 
 // A log-decay that is smaller is replaced by this, whose exponential is 0 as well. Unlike those of

@@ -240,7 +240,7 @@ __device__ __forceinline__ void update_state(
     if (n * kBlock >= depth) break;
     Accumulator<kBlock> write;
     write.clear();
-#pragma unroll 1
+#pragma unroll (C::kUnroll)
     for (int i = 0; i < live; i += kBlock) {
       multiply_block<T>(write, left_block_transposed<T>(v, i, col, lane),
                         right_block<T>(memory.k(), i, n * kBlock, lane));

@@ -28,11 +28,12 @@ __device__ __forceinline__ void locate_block(int index, int& row, int& col) {
 }
 
 // acc += a b^T of 16 rows each, over the first `depth` columns.
-template <typename T, typename Tile>
+template <typename C, typename Tile>
 __device__ __forceinline__ void multiply_rows(
     Accumulator<kBlock>& acc, const Tile& a, int a_row, const Tile& b, int b_row, int depth) {
+  using T = typename C::T;
   const int lane = fresh_lane();
-#pragma unroll 1
+#pragma unroll (C::kUnroll)
   for (int i = 0; i < depth; i += kBlock) {
     multiply_block<T>(
         acc, left_block<T>(a, a_row, i, lane), right_block_transposed<T>(b, b_row, i, lane));
@@ -144,7 +145,7 @@ struct ChunkScores {
       if (!locate_own(n, live, row, col) || !wants_block(row, col)) continue;
       Accumulator<kBlock> products;
       products.clear();
-      multiply_rows<typename C::T>(products, a, row * kBlock, b, col * kBlock, depth);
+      multiply_rows<C>(products, a, row * kBlock, b, col * kBlock, depth);
       const int lane = fresh_lane();
 #pragma unroll
       for (int m = 0; m < kOwn; ++m) {
