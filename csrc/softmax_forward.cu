@@ -113,7 +113,7 @@ __device__ __forceinline__ void store_rows(
     const SoftmaxForward& p, const QueryTile& t, int first) {
   constexpr int kRuns = S::OutTile::kCols / kRun;
   const typename S::OutTile tile(dynamic_shared);
-#pragma unroll 2
+#pragma unroll 1
   for (int index = lane_index(); index < S::kWarpRows * kRuns; index += 32) {
     const int row = first + index / kRuns, col = index % kRuns * kRun;
     if (row >= t.count || col >= p.value_dim) continue;
@@ -128,9 +128,9 @@ __device__ __forceinline__ void store_rows(
                          t.head * p.gate_strides.head;
       Run<float> gate;
       if (p.gate_per_head) {
-        gate.x[0] = activate(p.activation, load_either<T>(p.gate, at, p.gate_is_float));
+        const float logit = load_either<T>(p.gate, at, p.gate_is_float);
 #pragma unroll
-        for (int i = 1; i < kRun; ++i) gate.x[i] = gate.x[0];
+        for (int i = 0; i < kRun; ++i) gate.x[i] = logit;
       } else if (p.gate_is_float) {
         gate = load_run(static_cast<const float*>(p.gate) + at, col, p.value_dim, p.gate_aligned);
       } else {
@@ -139,10 +139,9 @@ __device__ __forceinline__ void store_rows(
 #pragma unroll
         for (int i = 0; i < kRun; ++i) gate.x[i] = to_float(logits.x[i]);
       }
+      activate(p.activation, gate.x);
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        o.x[i] *= p.gate_per_head ? gate.x[i] : activate(p.activation, gate.x[i]);
-      }
+      for (int i = 0; i < kRun; ++i) o.x[i] *= gate.x[i];
     }
     Run<T> result;
 #pragma unroll
@@ -205,8 +204,10 @@ softmax_forward_kernel(const __grid_constant__ SoftmaxForward p) {
   }
   const bool natural = kNatural<T> || p.relu;  // units of the logits
   const float scale = natural ? p.scale : p.scale * kLog2E;
-  // Head dims far below kDim are common only where it is largest.
-  const int depth = kDim > 128 ? p.key_dim : kDim, cols = kDim > 128 ? p.value_dim : kDim;
+  // Head dims far below kDim are common only where it is largest. In fp32 it is rather for shorter
+  // stretches without a branch, over which the compiler would spread too many loads ahead.
+  constexpr bool kTrimmed = S::kWide || kDim > 128;
+  const int depth = kTrimmed ? p.key_dim : kDim, cols = kTrimmed ? p.value_dim : kDim;
   for (int tile = 0; tile < ring.tiles; ++tile) {
     const auto keys = ring.template next<Content::kKeys>(2 * tile);
     if (tile == 0) {

@@ -374,14 +374,22 @@ struct Accumulator {
   }
 };
 
+// Of `count` steps or columns, those between two looks at where the operands end.
+__host__ __device__ constexpr int part_of(int count) {
+  for (int parts = 4; parts > 1; --parts) {
+    if (count % parts == 0) return count / parts;
+  }
+  return count;
+}
+
 // acc += a b^T with a [16, K] and b [N, K], for kBlocks blocks of 16 rows that share what is read of
-// b. Only the first `depth` columns of both are looked at, up to a quarter of K more, which must
-// then be 0.
+// b. Only the first `depth` columns of both are looked at, rounded up as part_of has it: those
+// beyond must then be 0.
 template <int kBlocks, typename T, int kN, int kK, bool kPadded, typename Rows>
 __device__ __forceinline__ void multiply_transposed(
     Accumulator<kN>* acc, const Rows* a, const SharedTile<T, kN, kK, kPadded>& b, int depth) {
   static_assert(Rows::kCols == kK && kN % 16 == 0);
-  constexpr int kSteps = kK / kStep<T>, kPart = kSteps % 4 == 0 ? kSteps / 4 : kSteps;
+  constexpr int kSteps = kK / kStep<T>, kPart = part_of(kSteps);
 #pragma unroll Rows::kUnroll
   for (int i = 0; i < kSteps; ++i) {
     if (i > 0 && i % kPart == 0 && i * kStep<T> >= depth) break;
@@ -406,12 +414,12 @@ __device__ __forceinline__ void multiply_transposed(
 }
 
 // acc += a b with a [16, K] and b [K, N], for kBlocks blocks of 16 rows. Only the first `cols`
-// columns of b are looked at, up to a quarter of N more.
+// columns of b are looked at, rounded up as part_of has it.
 template <int kBlocks, typename T, int kK, int kN, bool kPadded, typename Rows>
 __device__ __forceinline__ void multiply(
     Accumulator<kN>* acc, const Rows* a, const SharedTile<T, kK, kN, kPadded>& b, int cols) {
   static_assert(Rows::kCols == kK && kN % 16 == 0);
-  constexpr int kCols = kN / 16, kPart = kCols % 4 == 0 ? kCols / 4 : kCols;
+  constexpr int kCols = kN / 16, kPart = part_of(kCols);
 #pragma unroll
   for (int part = 0; part < kCols; part += kPart) {
     if (part > 0 && part * 16 >= cols) break;
