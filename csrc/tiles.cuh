@@ -374,9 +374,12 @@ struct Accumulator {
   }
 };
 
-// Of `count` steps or columns, those between two looks at where the operands end.
+// Of `count` steps or columns, those between two looks at where the operands end: a quarter, or an
+// eighth in fp32, if they can be shared out like that. The branches also keep the compiler from
+// loading too far ahead, which costs registers.
+template <typename T>
 __host__ __device__ constexpr int part_of(int count) {
-  for (int parts = 4; parts > 1; --parts) {
+  for (int parts = sizeof(T) == 4 ? 8 : 4; parts > 1; --parts) {
     if (count % parts == 0) return count / parts;
   }
   return count;
@@ -389,7 +392,7 @@ template <int kBlocks, typename T, int kN, int kK, bool kPadded, typename Rows>
 __device__ __forceinline__ void multiply_transposed(
     Accumulator<kN>* acc, const Rows* a, const SharedTile<T, kN, kK, kPadded>& b, int depth) {
   static_assert(Rows::kCols == kK && kN % 16 == 0);
-  constexpr int kSteps = kK / kStep<T>, kPart = part_of(kSteps);
+  constexpr int kSteps = kK / kStep<T>, kPart = part_of<T>(kSteps);
 #pragma unroll Rows::kUnroll
   for (int i = 0; i < kSteps; ++i) {
     if (i > 0 && i % kPart == 0 && i * kStep<T> >= depth) break;
@@ -419,7 +422,7 @@ template <int kBlocks, typename T, int kK, int kN, bool kPadded, typename Rows>
 __device__ __forceinline__ void multiply(
     Accumulator<kN>* acc, const Rows* a, const SharedTile<T, kK, kN, kPadded>& b, int cols) {
   static_assert(Rows::kCols == kK && kN % 16 == 0);
-  constexpr int kCols = kN / 16, kPart = part_of(kCols);
+  constexpr int kCols = kN / 16, kPart = part_of<T>(kCols);
 #pragma unroll
   for (int part = 0; part < kCols; part += kPart) {
     if (part > 0 && part * 16 >= cols) break;
