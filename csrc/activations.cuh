@@ -23,4 +23,20 @@ __device__ __forceinline__ float activate(Gate gate, float x) {
   return softplus(x);
 }
 
+// The same of several numbers, which need not ask one by one.
+template <int kCount>
+__device__ __forceinline__ void activate(Gate gate, float (&x)[kCount]) {
+  if (gate == Gate::kSoftplus) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = softplus(x[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = sigmoid(x[i]);
+  if (gate == Gate::kNsSigmoid) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = 0.5f + 0.5f * x[i];
+  }
+}
+
 }  // namespace attnvariants

@@ -2,7 +2,7 @@
 //
 // The key channels are taken in slices of 64. Of a decay, only exponentials of sums over intervals
 // are ever formed, by additions: a difference of running sums would lose digits and make NaN of
-// -inf. A sum per channel is that of whole groups of rows, of which there are 8, and of single rows.
+// -inf. A sum per channel is that of whole groups of rows, 8 in a chunk, and of single rows.
 
 #pragma once
 
@@ -223,12 +223,13 @@ __device__ __forceinline__ void load_log_decay(
 template <typename C>
 __device__ __forceinline__ void prepare_token_decay(
     const ChunkMemory<C>& memory, const LogDecay& decay, const ChunkPlace& place, bool levels) {
+  using T = typename C::T;
   constexpr int kRows = C::kRows;
   for (int row = threadIdx.x; row < kRows; row += blockDim.x) {
     float g = 0.0f;
     if (row < place.live) {
       const int64_t index = place.offset(decay.strides) + row * decay.strides.time;
-      g = bounded(load_either<typename C::T>(decay.g, index, decay.is_float));
+      g = bounded(load_either<T>(decay.g, index, decay.is_float));
     }
     memory.token_g()[row] = g;
   }
@@ -241,13 +242,14 @@ __device__ __forceinline__ void prepare_token_decay(
   for (int i = threadIdx.x; i < (kMaxLevels + 2) * kRows; i += blockDim.x) {
     const int level = i / kRows, row = i % kRows;
     if (level == kMaxLevels) {
-      memory.token_start()[row] = decay_factor<typename C::T>(sum(0, row + 1));
+      memory.token_start()[row] = decay_factor<T>(sum(0, row + 1));
     } else if (level > kMaxLevels) {
-      memory.token_end()[row] = decay_factor<typename C::T>(sum(row + 1, kRows));
+      memory.token_end()[row] = decay_factor<T>(sum(row + 1, kRows));
     } else if (levels && 1 << level < kRows) {
       const int half = row >> level;
-      const float x = half % 2 == 1 ? sum(half << level, row + 1) : sum(row + 1, (half + 1) << level);
-      memory.token_level(level)[row] = decay_factor<typename C::T>(x);
+      const bool is_query = half % 2 == 1;
+      const float x = is_query ? sum(half << level, row + 1) : sum(row + 1, (half + 1) << level);
+      memory.token_level(level)[row] = decay_factor<T>(x);
     }
   }
   if (threadIdx.x < kSlice) {
@@ -305,6 +307,7 @@ __device__ __forceinline__ void prepare_aging(
 template <typename C, bool kForward, int kCount, typename Tile>
 __device__ __forceinline__ void decay_rows(
     const Tile& target, const Tile& source, const float* g, int first, float2 sum, int lane) {
+  using T = typename C::T;
   const int col = 2 * lane;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -315,7 +318,8 @@ __device__ __forceinline__ void decay_rows(
       sum.y += own.y;
     }
     const float2 x = load_pair(source.at(row, col));
-    store_pair(target.at(row, col), x.x * decay_factor<typename C::T>(sum.x), x.y * decay_factor<typename C::T>(sum.y));
+    const float2 factor = {decay_factor<T>(sum.x), decay_factor<T>(sum.y)};
+    store_pair(target.at(row, col), x.x * factor.x, x.y * factor.y);
     if (!kForward) {
       sum.x += own.x;
       sum.y += own.y;

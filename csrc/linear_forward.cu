@@ -262,7 +262,7 @@ template <typename T, int kSlices>
 using ChunkOf = Chunk<T, sizeof(Element<T>) == 2 && kSlices < kMaxSlices ? 64 : 32>;
 
 template <typename T, int kSlices>
-__global__ void __launch_bounds__(32 * kMaxWarps)
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
 linear_forward_kernel(const __grid_constant__ LinearForward p, const Pass pass) {
   using C = ChunkOf<T, kSlices>;
   const ChunkMemory<C> memory(dynamic_shared);

@@ -2,10 +2,10 @@
 //
 // Scores and states are operands as well, and they have no bounds. bf16 inputs are multiplied as
 // bf16. float16 inputs are multiplied as TF32, which has as many digits and does not overflow where
-// float16 would. A number of float32 inputs is the sum of three of bf16, exactly; of the products of
-// two, those below the last place are left out. Tensor cores cut off their sums: here these are
-// short, the large and the small products apart, and added up outside. A result is as good as that of fp32
-// multiply-adds.
+// float16 would. A number of float32 inputs is the sum of three of bf16, exactly; of the products
+// of two, those below the last place are left out. Tensor cores cut off their sums: so the large
+// and the small products of a block are added up apart, and joined outside. The result is about as
+// good as that of fp32 multiply-adds.
 
 #pragma once
 

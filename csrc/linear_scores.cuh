@@ -172,11 +172,11 @@ struct ChunkScores {
       if (1 << level < kRows) continue;
       const int half = (group * kRows) >> level, groups = (1 << level) / kRows;
       if (half % 2 == 1) {
-        decay_rows<C, true, kRows>(target, memory.q(), memory.g(), group * kRows,
-                                   group_total(memory, half * groups, group, lane), lane);
+        const float2 sum = group_total(memory, half * groups, group, lane);
+        decay_rows<C, true, kRows>(target, memory.q(), memory.g(), group * kRows, sum, lane);
       } else {
-        decay_rows<C, false, kRows>(target, memory.k(), memory.g(), group * kRows,
-                                    group_total(memory, group + 1, (half + 1) * groups, lane), lane);
+        const float2 sum = group_total(memory, group + 1, (half + 1) * groups, lane);
+        decay_rows<C, false, kRows>(target, memory.k(), memory.g(), group * kRows, sum, lane);
       }
     }
   }

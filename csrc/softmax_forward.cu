@@ -36,16 +36,16 @@ struct Shape {
   static constexpr int kWarpRows = 16 * kBlocks;
   static constexpr int kRows = kWarps * kWarpRows;
   static constexpr int kKeys = kDim > 128 ? (kWide ? 16 : 32) : (kWide ? 32 : 64);
-  static constexpr int kResident = kDim > 64 ? 2 : 3;  // blocks per processor, by registers
+  static constexpr int kResident = 2;  // blocks per processor, by registers
 
-  using QueryTile = SharedTile<T, kRows, kDim>;
+  using Tile = SharedTile<T, kRows, kDim>;
   using KeyTile = SharedTile<T, kKeys, kDim>;
-  using OutTile = SharedTile<float, kRows, kDim>;
+  using OutTile = SharedTile<float, kRows, kDim, false>;
   // Queries stay in registers where there is room for them.
   using Queries = std::conditional_t<kDim <= 64 && !kWide, RegisterRows<T, kDim>,
-                                     SharedRows<QueryTile>>;
+                                     SharedRows<Tile>>;
 
-  static constexpr int bytes(int slots) { return QueryTile::kBytes + slots * KeyTile::kBytes; }
+  static constexpr int bytes(int slots) { return Tile::kBytes + slots * KeyTile::kBytes; }
   static_assert(OutTile::kBytes <= bytes(2));
 };
 
@@ -57,10 +57,10 @@ struct Ring {
   using Tile = typename Shape<T, kDim>::KeyTile;
 
   GlobalRows<const T> keys, values;
-  int begin, tiles, slots;
+  int begin, tiles, slots;  // first key, and tiles of them
 
   __device__ __forceinline__ Tile slot(int copy) const {
-    return Tile(dynamic_shared + Shape<T, kDim>::QueryTile::kBytes +
+    return Tile(dynamic_shared + Shape<T, kDim>::Tile::kBytes +
                 (copy & (slots - 1)) * Tile::kBytes);
   }
 
@@ -97,30 +97,40 @@ struct Ring {
   }
 };
 
+// `count` rows of one head from row `first` of a tile's sequence on.
+template <typename T>
+__device__ __forceinline__ GlobalRows<const T> rows_of(
+    const void* x, const Strides& strides, const QueryTile& t, int head, int first, int count,
+    int dim, bool aligned) {
+  const T* data = static_cast<const T*>(x) + t.batch * strides.batch +
+                  (t.start + first) * strides.time + head * strides.head;
+  return {data, strides.time, count, dim, aligned};
+}
+
 // act(gate) * out of a warp's rows, from `first` on, which it has written to `tile`.
 template <typename T, typename S>
 __device__ __forceinline__ void store_rows(
-    const SoftmaxForward& p, const Place& place, const Rows& rows, int first) {
+    const SoftmaxForward& p, const QueryTile& t, int first) {
   constexpr int kRuns = S::OutTile::kCols / kRun;
   const typename S::OutTile tile(dynamic_shared);
-#pragma unroll 2
+#pragma unroll 1
   for (int index = lane_index(); index < S::kWarpRows * kRuns; index += 32) {
     const int row = first + index / kRuns, col = index % kRuns * kRun;
-    if (rows.first + row >= rows.queries || col >= p.value_dim) continue;
-    const int64_t time = rows.start + rows.first + row;
+    if (row >= t.count || col >= p.value_dim) continue;
+    const int64_t time = t.start + t.first + row;
     Run<float> o;
 #pragma unroll
     for (int i = 0; i < kRun; i += 4) {
       *reinterpret_cast<float4*>(o.x + i) = *reinterpret_cast<const float4*>(tile.at(row, col + i));
     }
     if (p.activation != Gate::kNone) {
-      const int64_t at = place.batch * p.gate_strides.batch + time * p.gate_strides.time +
-                         place.head * p.gate_strides.head;
+      const int64_t at = t.batch * p.gate_strides.batch + time * p.gate_strides.time +
+                         t.head * p.gate_strides.head;
       Run<float> gate;
       if (p.gate_per_head) {
-        gate.x[0] = activate(p.activation, load_either<T>(p.gate, at, p.gate_is_float));
+        const float logit = load_either<T>(p.gate, at, p.gate_is_float);
 #pragma unroll
-        for (int i = 1; i < kRun; ++i) gate.x[i] = gate.x[0];
+        for (int i = 0; i < kRun; ++i) gate.x[i] = logit;
       } else if (p.gate_is_float) {
         gate = load_run(static_cast<const float*>(p.gate) + at, col, p.value_dim, p.gate_aligned);
       } else {
@@ -129,16 +139,15 @@ __device__ __forceinline__ void store_rows(
 #pragma unroll
         for (int i = 0; i < kRun; ++i) gate.x[i] = to_float(logits.x[i]);
       }
+      activate(p.activation, gate.x);
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        o.x[i] *= p.gate_per_head ? gate.x[i] : activate(p.activation, gate.x[i]);
-      }
+      for (int i = 0; i < kRun; ++i) o.x[i] *= gate.x[i];
     }
     Run<T> result;
 #pragma unroll
     for (int i = 0; i < kRun; ++i) result.x[i] = from_float<T>(o.x[i]);
-    const int64_t token = static_cast<int64_t>(place.batch) * p.queries + time;
-    store_run(static_cast<T*>(p.out) + (token * p.heads + place.head) * p.value_dim, col,
+    const int64_t token = static_cast<int64_t>(t.batch) * p.queries + time;
+    store_run(static_cast<T*>(p.out) + (token * p.heads + t.head) * p.value_dim, col,
               p.value_dim, p.out_aligned, result);
   }
 }
@@ -157,32 +166,32 @@ __global__ void __launch_bounds__(kThreads, (Shape<T, kDim>::kResident))
 softmax_forward_kernel(const __grid_constant__ SoftmaxForward p) {
   using S = Shape<T, kDim>;
   constexpr int kBlocks = S::kBlocks, kKeys = S::kKeys;
-  const Place place = find_place(p, blockIdx.x);
-  const Rows rows = find_rows<S::kRows>(p, place.tile);
-  const int live = min(rows.queries - rows.first, S::kRows);
-  if (live <= 0) return;
-  const int warp_row = static_cast<int>(threadIdx.x) / 32 * S::kWarpRows;
-
-  // Rows beyond the last one see what that one sees, and are not stored.
-  auto range_of = [&](int row) {
-    return visible_keys(p, place, rows, rows.first + min(row, live - 1));
-  };
-  const Range first_row = range_of(warp_row), last_row = range_of(warp_row + S::kWarpRows - 1);
-  const int begin = range_of(0).low, end = range_of(live - 1).high;
-
-  auto rows_of = [&](const void* x, const Strides& strides, int head, int first, int count, int dim,
-                     bool aligned) {
-    const T* data = static_cast<const T*>(x) + place.batch * strides.batch +
-                    (rows.start + first) * strides.time + head * strides.head;
-    return GlobalRows<const T>{data, strides.time, count, dim, aligned};
-  };
-  const typename S::QueryTile queries(dynamic_shared);
-  load_rows<kThreads>(queries, rows_of(p.q, p.q_strides, place.head, rows.first, live, p.key_dim,
-                                       p.q_aligned), 0);
-  const Ring<T, kDim> ring{
-      rows_of(p.k, p.k_strides, place.kv_head, 0, end, p.key_dim, p.k_aligned),
-      rows_of(p.v, p.v_strides, place.kv_head, 0, end, p.value_dim, p.v_aligned),
-      begin, end > begin ? (end - begin + kKeys - 1) / kKeys : 0, p.slots};
+  // What all threads share stays in shared memory, out of the way of registers.
+  __shared__ QueryTile t;
+  __shared__ Ring<T, kDim> ring;
+  __shared__ Range seen_by_warp[kWarps], seen_by_all_rows[kWarps];
+  if (threadIdx.x == 0) {
+    find_head(p, blockIdx.x, t);
+    find_rows<S::kRows>(p, t);
+    const int begin = visible_keys(p, t, 0).low, end = visible_keys(p, t, t.count - 1).high;
+    ring.keys = rows_of<T>(p.k, p.k_strides, t, t.kv_head, 0, end, p.key_dim, p.k_aligned);
+    ring.values = rows_of<T>(p.v, p.v_strides, t, t.kv_head, 0, end, p.value_dim, p.v_aligned);
+    ring.begin = begin;
+    ring.tiles = end > begin ? (end - begin + kKeys - 1) / kKeys : 0;
+    ring.slots = p.slots;
+  }
+  __syncthreads();
+  if (t.count <= 0) return;
+  const int warp = static_cast<int>(threadIdx.x) / 32, warp_row = warp * S::kWarpRows;
+  if (lane_index() == 0) {
+    const Range upper = visible_keys(p, t, warp_row);
+    const Range lower = visible_keys(p, t, warp_row + S::kWarpRows - 1);
+    seen_by_warp[warp] = {upper.low, lower.high};
+    seen_by_all_rows[warp] = {lower.low, upper.high};
+  }
+  const typename S::Tile queries(dynamic_shared);
+  load_rows<kThreads>(queries, rows_of<T>(p.q, p.q_strides, t, t.head, t.first, t.count, p.key_dim,
+                                          p.q_aligned), 0);
   ring.start_first();
 
   RowStatistics statistics[kBlocks];
@@ -195,28 +204,33 @@ softmax_forward_kernel(const __grid_constant__ SoftmaxForward p) {
   }
   const bool natural = kNatural<T> || p.relu;  // units of the logits
   const float scale = natural ? p.scale : p.scale * kLog2E;
-  // Head dims far below kDim are common only where it is largest.
-  const int depth = kDim > 128 ? p.key_dim : kDim, cols = kDim > 128 ? p.value_dim : kDim;
+  // Head dims far below kDim are common only where it is largest. In fp32 it is rather for shorter
+  // stretches without a branch, over which the compiler would spread too many loads ahead.
+  constexpr bool kTrimmed = S::kWide || kDim > 128;
+  const int depth = kTrimmed ? p.key_dim : kDim, cols = kTrimmed ? p.value_dim : kDim;
   for (int tile = 0; tile < ring.tiles; ++tile) {
     const auto keys = ring.template next<Content::kKeys>(2 * tile);
     if (tile == 0) {
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) q[m].load(queries, warp_row + 16 * m);
     }
-    const int first = begin + tile * kKeys;
-    const bool seen = first < last_row.high && first + kKeys > first_row.low;
-    Accumulator<kKeys> scores[kBlocks];
+    const int first = ring.begin + tile * kKeys;
+    const Range some = seen_by_warp[warp], all = seen_by_all_rows[warp];
+    const bool seen = first < some.high && first + kKeys > some.low;
+    RegisterRows<T, kKeys> weights[kBlocks];
     if (seen) {
+      Accumulator<kKeys> scores[kBlocks];
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) scores[m].clear();
       multiply_transposed<kBlocks>(scores, q, keys, depth);
       float factor = scale;
-      if (first < last_row.low || first + kKeys > first_row.high) {
+      if (first < all.low || first + kKeys > all.high) {
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) {
-          const Range range[2] = {range_of(warp_row + 16 * m + row_of(0)),
-                                  range_of(warp_row + 16 * m + row_of(2))};
-          scale_and_mask(scores[m], scale, first, range);
+          const int row = warp_row + 16 * m;
+          const Range visible[2] = {visible_keys(p, t, row + row_of(0)),
+                                    visible_keys(p, t, row + row_of(2))};
+          scale_and_mask(scores[m], scale, first, visible);
         }
         factor = 1.0f;
       }
@@ -228,15 +242,11 @@ softmax_forward_kernel(const __grid_constant__ SoftmaxForward p) {
         } else {
           weigh<T>(statistics[m], scores[m], out[m], factor);
         }
+        weights[m] = scores[m].template as_rows<T>();
       }
     }
     const auto values = ring.template next<Content::kValues>(2 * tile + 1);
-    if (seen) {
-      RegisterRows<T, kKeys> weights[kBlocks];
-#pragma unroll
-      for (int m = 0; m < kBlocks; ++m) weights[m] = scores[m].template as_rows<T>();
-      multiply<kBlocks>(out, weights, values, cols);
-    }
+    if (seen) multiply<kBlocks>(out, weights, values, cols);
   }
 
   // All have read the ring, and no copy is under way: the rows take its place.
@@ -249,29 +259,29 @@ softmax_forward_kernel(const __grid_constant__ SoftmaxForward p) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = warp_row + 16 * m + row_of(2 * r);
-      if (row < live) largest = fmaxf(largest, statistics[m].largest[r]);
+      if (row < t.count) largest = fmaxf(largest, statistics[m].largest[r]);
       if (p.relu) continue;
       const float total = row_sum(statistics[m].total[r]);
       const bool blind = total == 0.0f;  // rows that see nothing give 0
       const float inverse = 1.0f / (blind ? 1.0f : total);
-      broken = broken || (row < live && total != total);
+      broken = broken || (row < t.count && total != total);
 #pragma unroll
       for (int j = 0; j < kDim / 8; ++j) {
         out[m].x[j][2 * r] *= inverse;
         out[m].x[j][2 * r + 1] *= inverse;
       }
-      if (lane_index() % 4 == 0 && row < live) {
+      if (lane_index() % 4 == 0 && row < t.count) {
         const float shift = statistics[m].largest[r];
         float lse = kNatural<T> ? shift + logf(total) : (shift + log2f(total)) * kLn2;
         if (blind) lse = -INFINITY;
-        const int64_t head = static_cast<int64_t>(place.batch) * p.heads + place.head;
-        p.lse[head * p.queries + rows.start + rows.first + row] = lse;
+        const int64_t head = static_cast<int64_t>(t.batch) * p.heads + t.head;
+        p.lse[head * p.queries + t.start + t.first + row] = lse;
       }
     }
     out[m].template write<float>(typename S::OutTile(dynamic_shared), warp_row + 16 * m);
   }
   __syncwarp();
-  store_rows<T, S>(p, place, rows, warp_row);
+  store_rows<T, S>(p, t, warp_row);
   if (p.max_logit != nullptr) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
@@ -279,7 +289,7 @@ softmax_forward_kernel(const __grid_constant__ SoftmaxForward p) {
     }
     broken = __any_sync(kFullWarp, broken);  // a maximum drops NaN, a sum does not
     if (lane_index() == 0) {
-      raise(p.max_logit + place.head, broken ? NAN : (natural ? largest : largest * kLn2));
+      raise(p.max_logit + t.head, broken ? NAN : (natural ? largest : largest * kLn2));
     }
   }
 }

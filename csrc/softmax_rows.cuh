@@ -4,6 +4,7 @@
 
 #include "online_softmax.cuh"
 #include "tiles.cuh"
+#include "visible_keys.cuh"
 
 namespace attnvariants {
 
@@ -31,10 +32,6 @@ struct RowStatistics {
       total[r] = 0.0f;
     }
   }
-};
-
-struct Range {
-  int low, high;  // [low, high)
 };
 
 // Scales the scores of the keys from `first` on, and hides those that a lane's two rows do not see.

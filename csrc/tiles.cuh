@@ -39,16 +39,20 @@ __device__ __forceinline__ int col_of(int e, int lane = lane_index()) {
 
 // --- Tiles in shared memory.
 
-// A row-major matrix of kRows x kCols elements at a multiple of 128 bytes. Chunks of 16 bytes are
-// swizzled, so that 8 rows of the same columns lie in different banks.
-template <typename T, int kRows_, int kCols_>
+// A row-major matrix of kRows x kCols elements at a multiple of 128 bytes, in which 8 rows of the
+// same columns lie in different banks: by a swizzle of the chunks of 16 bytes, or by a chunk between
+// rows. The latter takes more memory and, where operands are not read by ldmatrix, fewer addresses.
+template <typename T, int kRows_, int kCols_, bool kPadded_ = sizeof(T) == 4>
 struct SharedTile {
   static constexpr int kRows = kRows_, kCols = kCols_;
-  static constexpr int kBytes = kRows * kCols * static_cast<int>(sizeof(T));
+  static constexpr bool kPadded = kPadded_;
+  static constexpr int kPitch = kCols + (kPadded ? kChunk<T> : 0);
+  static constexpr int kBytes = kRows * kPitch * static_cast<int>(sizeof(T));
   static constexpr int kChunks = kCols / kChunk<T>;  // per row
-  // Chunks of a row that are permuted among each other, and rows that have the same permutation.
+  static_assert(!kPadded || kChunks % 2 == 0);
+  // Chunks of a row that are permuted among each other; 8 / kPeriod rows have the same permutation.
   static constexpr int kPeriod =
-      kChunks % 8 == 0 ? 8 : (kChunks % 4 == 0 ? 4 : (kChunks % 2 == 0 ? 2 : 1));
+      kPadded ? 1 : (kChunks % 8 == 0 ? 8 : (kChunks % 4 == 0 ? 4 : (kChunks % 2 == 0 ? 2 : 1)));
   static_assert(kCols % kChunk<T> == 0);
 
   T* data;
@@ -57,8 +61,22 @@ struct SharedTile {
   __device__ __forceinline__ explicit SharedTile(void* memory) : data(static_cast<T*>(memory)) {}
 
   __device__ __forceinline__ T* at(int row, int col) const {
-    const int chunk = (col / kChunk<T>) ^ (row / (8 / kPeriod) % kPeriod);
-    return data + row * kCols + chunk * kChunk<T> + col % kChunk<T>;
+    const int chunk = (col / kChunk<T>) ^ swizzle(row);
+    return data + row * kPitch + chunk * kChunk<T> + col % kChunk<T>;
+  }
+
+  // The same of row + lane_row and col + lane_col, where `row` is a multiple of 8, `col` one of two
+  // chunks, and lane_col lies within two. What is left to compute where the former are constants is
+  // the same for many of them.
+  __device__ __forceinline__ T* at(int row, int col, int lane_row, int lane_col) const {
+    const int chunk = col / kChunk<T>, permuted = chunk % kPeriod;
+    const int lane_chunk = (lane_col / kChunk<T>) ^ swizzle(lane_row) ^ permuted;
+    return data + (lane_row * kPitch + lane_chunk * kChunk<T> + lane_col % kChunk<T>) +
+           (row * kPitch + (chunk - permuted) * kChunk<T>);
+  }
+
+  static __device__ __forceinline__ int swizzle(int row) {
+    return row / (8 / kPeriod) % kPeriod;
   }
 };
 
@@ -74,26 +92,37 @@ struct GlobalRows {
 // Starts to load rows `first` to `first + kRows`, by all threads of the block: asynchronously
 // where they are aligned. What lies outside of the matrix is 0, in the columns below `filled`; the
 // others are left alone. Ends no group of copies.
-template <int kThreads, typename T, int kRows, int kCols>
+template <int kThreads, typename T, int kRows, int kCols, bool kPadded>
 __device__ __forceinline__ void load_rows(
-    const SharedTile<T, kRows, kCols>& tile, const GlobalRows<const T>& from, int first,
+    const SharedTile<T, kRows, kCols, kPadded>& tile, const GlobalRows<const T>& from, int first,
     int filled = kCols) {
-  constexpr int kChunks = SharedTile<T, kRows, kCols>::kChunks;
+  constexpr int kChunks = SharedTile<T, kRows, kCols, kPadded>::kChunks;
+  constexpr int kFit = kThreads / kChunks;
+  constexpr int kAtOnce = kFit > 8 ? kFit / 8 * 8 : kFit;  // rows; 8 have the same swizzle again
+  static_assert(kAtOnce > 0);
+  const int own_row = static_cast<int>(threadIdx.x) / kChunks;
+  const int col = static_cast<int>(threadIdx.x) % kChunks * kChunk<T>;
+  if ((kAtOnce * kChunks < kThreads && own_row >= kAtOnce) || col >= filled) return;
+  const T* source = from.data + (first + own_row) * from.stride + col;
+  const int64_t next = kAtOnce * from.stride;
+  if (from.aligned) {
+    const bool exists = col < from.cols;
 #pragma unroll
-  for (int base = 0; base < kRows * kChunks; base += kThreads) {
-    const int index = base + static_cast<int>(threadIdx.x);
-    const int row = index / kChunks, col = index % kChunks * kChunk<T>;
-    if (kRows * kChunks % kThreads != 0 && row >= kRows) break;
-    if (col >= filled) continue;
-    const bool live = first + row >= 0 && first + row < from.rows;
-    const T* source = from.data + (live ? (first + row) * from.stride : 0) + col;
-    T* target = tile.at(row, col);
-    if (from.aligned) {
-      copy_async(target, source, live && col < from.cols);
-    } else {
+    for (int row = 0; row < kRows; row += kAtOnce, source += next) {
+      if (kRows % kAtOnce != 0 && own_row + row >= kRows) break;
+      const int index = first + own_row + row;
+      copy_async(tile.at(own_row + row, col), source, exists && index >= 0 && index < from.rows);
+    }
+  } else {
+#pragma unroll 1
+    for (int row = 0; row < kRows; row += kAtOnce, source += next) {
+      if (own_row + row >= kRows) break;
+      const int index = first + own_row + row;
+      const int live = index >= 0 && index < from.rows ? from.cols - col : 0;
+      T* target = tile.at(own_row + row, col);
 #pragma unroll
       for (int i = 0; i < kChunk<T>; ++i) {
-        target[i] = live && col + i < from.cols ? source[i] : from_float<T>(0.0f);
+        target[i] = i < live ? source[i] : from_float<T>(0.0f);
       }
     }
   }
@@ -101,10 +130,10 @@ __device__ __forceinline__ void load_rows(
 
 // Stores the 16 rows from `row` on by one warp, which has written them before, to global rows from
 // `first` on.
-template <typename T, int kRows, int kCols>
+template <typename T, int kRows, int kCols, bool kPadded>
 __device__ __forceinline__ void store_warp_rows(
-    const SharedTile<T, kRows, kCols>& tile, int row, const GlobalRows<T>& to, int first) {
-  constexpr int kChunks = SharedTile<T, kRows, kCols>::kChunks;
+    const SharedTile<T, kRows, kCols, kPadded>& tile, int row, const GlobalRows<T>& to, int first) {
+  constexpr int kChunks = SharedTile<T, kRows, kCols, kPadded>::kChunks;
 #pragma unroll 4
   for (int index = lane_index(); index < 16 * kChunks; index += 32) {
     const int r = index / kChunks, col = index % kChunks * kChunk<T>;
@@ -141,18 +170,18 @@ struct Right {
 __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
 
 // Rows `row` to `row + 16` and columns from `col` on.
-template <typename T, int kRows, int kCols>
+template <typename T, int kRows, int kCols, bool kPadded>
 __device__ __forceinline__ Left<T> load_left(
-    const SharedTile<T, kRows, kCols>& tile, int row, int col,
+    const SharedTile<T, kRows, kCols, kPadded>& tile, int row, int col,
     int lane = lane_index()) {
   Left<T> a;
   if constexpr (sizeof(T) == 2) {
-    load_matrices(a.x, tile.at(row + lane % 16, col + lane / 16 * 8));
+    load_matrices(a.x, tile.at(row, col, lane % 16, lane / 16 * 8));
   } else {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float2 pair =
-          *reinterpret_cast<const float2*>(tile.at(row + row_of(2 * r, lane), col + col_of(0, lane)));
+      const T* place = tile.at(row + 8 * r, col, row_of(0, lane), col_of(0, lane));
+      const float2 pair = *reinterpret_cast<const float2*>(place);
       a.x[r] = bits_of(pair.x);
       a.x[r + 2] = bits_of(pair.y);
     }
@@ -161,39 +190,39 @@ __device__ __forceinline__ Left<T> load_left(
 }
 
 // The same of the transposed tile: its columns `col` to `col + 16`, and rows from `row` on.
-template <typename T, int kRows, int kCols>
+template <typename T, int kRows, int kCols, bool kPadded>
 __device__ __forceinline__ Left<T> load_left_transposed(
-    const SharedTile<T, kRows, kCols>& tile, int row, int col,
+    const SharedTile<T, kRows, kCols, kPadded>& tile, int row, int col,
     int lane = lane_index()) {
   Left<T> a;
   if constexpr (sizeof(T) == 2) {
     load_matrices_transposed(
-        a.x, tile.at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8));
+        a.x, tile.at(row, col, lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8));
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      a.x[i] = bits_of(*tile.at(row + col_of(i / 2, lane), col + row_of(i % 2 * 2, lane)));
+      a.x[i] = bits_of(*tile.at(row, col + i % 2 * 8, col_of(i / 2, lane), row_of(0, lane)));
     }
   }
   return a;
 }
 
 // Rows from `row` on and columns `col` to `col + 16`.
-template <typename T, int kRows, int kCols>
+template <typename T, int kRows, int kCols, bool kPadded>
 __device__ __forceinline__ Right<T> load_right(
-    const SharedTile<T, kRows, kCols>& tile, int row, int col,
+    const SharedTile<T, kRows, kCols, kPadded>& tile, int row, int col,
     int lane = lane_index()) {
   Right<T> b;
   if constexpr (sizeof(T) == 2) {
     uint32_t x[4];
-    load_matrices_transposed(x, tile.at(row + lane % 16, col + lane / 16 * 8));
+    load_matrices_transposed(x, tile.at(row, col, lane % 16, lane / 16 * 8));
     b = {{{x[0], x[1]}, {x[2], x[3]}}};
   } else {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        b.x[n][i] = bits_of(*tile.at(row + col_of(i, lane), col + 8 * n + row_of(0, lane)));
+        b.x[n][i] = bits_of(*tile.at(row, col + 8 * n, col_of(i, lane), row_of(0, lane)));
       }
     }
   }
@@ -201,20 +230,20 @@ __device__ __forceinline__ Right<T> load_right(
 }
 
 // The same of the transposed tile: its rows `row` to `row + 16`, and columns from `col` on.
-template <typename T, int kRows, int kCols>
+template <typename T, int kRows, int kCols, bool kPadded>
 __device__ __forceinline__ Right<T> load_right_transposed(
-    const SharedTile<T, kRows, kCols>& tile, int row, int col,
+    const SharedTile<T, kRows, kCols, kPadded>& tile, int row, int col,
     int lane = lane_index()) {
   Right<T> b;
   if constexpr (sizeof(T) == 2) {
     uint32_t x[4];
-    load_matrices(x, tile.at(row + lane / 16 * 8 + lane % 8, col + lane / 8 % 2 * 8));
+    load_matrices(x, tile.at(row, col, lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8));
     b = {{{x[0], x[1]}, {x[2], x[3]}}};
   } else {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const float2 pair =
-          *reinterpret_cast<const float2*>(tile.at(row + 8 * n + row_of(0, lane), col + col_of(0, lane)));
+      const T* place = tile.at(row + 8 * n, col, row_of(0, lane), col_of(0, lane));
+      const float2 pair = *reinterpret_cast<const float2*>(place);
       b.x[n][0] = bits_of(pair.x);
       b.x[n][1] = bits_of(pair.y);
     }
@@ -262,11 +291,11 @@ __device__ __forceinline__ void multiply_step(
 // shared memory whenever they are needed, or those of a transposed tile.
 template <typename T, int kCols_>
 struct RegisterRows {
-  static constexpr int kCols = kCols_;
+  static constexpr int kCols = kCols_, kUnroll = kCols;  // no index is known at run time only
   Left<T> x[kCols / kStep<T>];
 
-  template <int kRows>
-  __device__ __forceinline__ void load(const SharedTile<T, kRows, kCols>& tile, int row) {
+  template <int kRows, bool kPadded>
+  __device__ __forceinline__ void load(const SharedTile<T, kRows, kCols, kPadded>& tile, int row) {
 #pragma unroll
     for (int i = 0; i < kCols / kStep<T>; ++i) x[i] = load_left(tile, row, i * kStep<T>);
   }
@@ -275,13 +304,13 @@ struct RegisterRows {
 
 template <typename Tile>
 struct SharedRows;
-template <typename T, int kRows, int kCols_>
-struct SharedRows<SharedTile<T, kRows, kCols_>> {
-  static constexpr int kCols = kCols_;
-  SharedTile<T, kRows, kCols> tile;
+template <typename T, int kRows, int kCols_, bool kPadded>
+struct SharedRows<SharedTile<T, kRows, kCols_, kPadded>> {
+  static constexpr int kCols = kCols_, kUnroll = sizeof(T) == 4 ? 2 : 4;
+  SharedTile<T, kRows, kCols, kPadded> tile;
   int row;
 
-  __device__ __forceinline__ void load(const SharedTile<T, kRows, kCols>& from, int first) {
+  __device__ __forceinline__ void load(const SharedTile<T, kRows, kCols, kPadded>& from, int first) {
     tile = from;
     row = first;
   }
@@ -292,10 +321,10 @@ struct SharedRows<SharedTile<T, kRows, kCols_>> {
 
 template <typename Tile>
 struct TransposedRows;
-template <typename T, int kRows, int kCols_>
-struct TransposedRows<SharedTile<T, kRows, kCols_>> {
-  static constexpr int kCols = kRows;
-  SharedTile<T, kRows, kCols_> tile;
+template <typename T, int kRows, int kCols_, bool kPadded>
+struct TransposedRows<SharedTile<T, kRows, kCols_, kPadded>> {
+  static constexpr int kCols = kRows, kUnroll = sizeof(T) == 4 ? 2 : 4;
+  SharedTile<T, kRows, kCols_, kPadded> tile;
   int col;
 
   __device__ __forceinline__ Left<T> step(int i) const {
@@ -339,7 +368,7 @@ struct Accumulator {
     return rows;
   }
 
-  // A step of its columns as the rows of a right operand of 16 columns, rounded to T: the transpose.
+  // The transpose of a step of its columns, as a right operand rounded to T.
   template <typename T>
   __device__ __forceinline__ Right<T> as_right(int step) const {
     Right<T> b;
@@ -359,8 +388,8 @@ struct Accumulator {
   }
 
   // Writes the 16 rows from `row` on, rounded to T.
-  template <typename T, int kRows>
-  __device__ __forceinline__ void write(const SharedTile<T, kRows, kCols>& tile, int row) const {
+  template <typename T, int kRows, bool kPadded>
+  __device__ __forceinline__ void write(const SharedTile<T, kRows, kCols, kPadded>& tile, int row) const {
 #pragma unroll
     for (int j = 0; j < kCols / 8; ++j) {
 #pragma unroll
@@ -376,47 +405,55 @@ struct Accumulator {
   }
 };
 
+// Of `count` steps or columns, those between two looks at where the operands end: a quarter, or an
+// eighth in fp32, if they can be shared out like that. The branches also keep the compiler from
+// loading too far ahead, which costs registers.
+template <typename T>
+__host__ __device__ constexpr int part_of(int count) {
+  for (int parts = sizeof(T) == 4 ? 8 : 4; parts > 1; --parts) {
+    if (count % parts == 0) return count / parts;
+  }
+  return count;
+}
+
 // acc += a b^T with a [16, K] and b [N, K], for kBlocks blocks of 16 rows that share what is read of
-// b. Only the first `depth` columns of both are looked at, up to a quarter of K more, which must
-// then be 0.
-template <int kBlocks, typename T, int kN, int kK, typename Rows>
+// b. Only the first `depth` columns of both are looked at, rounded up as part_of has it: those
+// beyond must then be 0.
+template <int kBlocks, typename T, int kN, int kK, bool kPadded, typename Rows>
 __device__ __forceinline__ void multiply_transposed(
-    Accumulator<kN>* acc, const Rows* a, const SharedTile<T, kN, kK>& b, int depth) {
+    Accumulator<kN>* acc, const Rows* a, const SharedTile<T, kN, kK, kPadded>& b, int depth) {
   static_assert(Rows::kCols == kK && kN % 16 == 0);
-  constexpr int kSteps = kK / kStep<T>, kPart = kSteps % 4 == 0 ? kSteps / 4 : kSteps;
+  constexpr int kSteps = kK / kStep<T>, kPart = part_of<T>(kSteps);
+#pragma unroll Rows::kUnroll
+  for (int i = 0; i < kSteps; ++i) {
+    if (i > 0 && i % kPart == 0 && i * kStep<T> >= depth) break;
+    Left<T> left[kBlocks];
 #pragma unroll
-  for (int part = 0; part < kSteps; part += kPart) {
-    if (part > 0 && part * kStep<T> >= depth) break;
+    for (int m = 0; m < kBlocks; ++m) left[m] = a[m].step(i);
 #pragma unroll
-    for (int i = part; i < part + kPart; ++i) {
-      Left<T> left[kBlocks];
+    for (int n = 0; n < kN / 16; ++n) {
+      const Right<T> right = load_right_transposed(b, 16 * n, i * kStep<T>);
 #pragma unroll
-      for (int m = 0; m < kBlocks; ++m) left[m] = a[m].step(i);
-#pragma unroll
-      for (int n = 0; n < kN / 16; ++n) {
-        const Right<T> right = load_right_transposed(b, 16 * n, i * kStep<T>);
-#pragma unroll
-        for (int m = 0; m < kBlocks; ++m) {
-          multiply_step<T>(acc[m].x[2 * n], acc[m].x[2 * n + 1], left[m], right);
-        }
+      for (int m = 0; m < kBlocks; ++m) {
+        multiply_step<T>(acc[m].x[2 * n], acc[m].x[2 * n + 1], left[m], right);
       }
     }
   }
 }
 
-template <typename T, int kN, int kK, typename Rows>
+template <typename T, int kN, int kK, bool kPadded, typename Rows>
 __device__ __forceinline__ void multiply_transposed(
-    Accumulator<kN>& acc, const Rows& a, const SharedTile<T, kN, kK>& b, int depth = kK) {
+    Accumulator<kN>& acc, const Rows& a, const SharedTile<T, kN, kK, kPadded>& b, int depth = kK) {
   multiply_transposed<1>(&acc, &a, b, depth);
 }
 
 // acc += a b with a [16, K] and b [K, N], for kBlocks blocks of 16 rows. Only the first `cols`
-// columns of b are looked at, up to a quarter of N more.
-template <int kBlocks, typename T, int kK, int kN, typename Rows>
+// columns of b are looked at, rounded up as part_of has it.
+template <int kBlocks, typename T, int kK, int kN, bool kPadded, typename Rows>
 __device__ __forceinline__ void multiply(
-    Accumulator<kN>* acc, const Rows* a, const SharedTile<T, kK, kN>& b, int cols) {
+    Accumulator<kN>* acc, const Rows* a, const SharedTile<T, kK, kN, kPadded>& b, int cols) {
   static_assert(Rows::kCols == kK && kN % 16 == 0);
-  constexpr int kCols = kN / 16, kPart = kCols % 4 == 0 ? kCols / 4 : kCols;
+  constexpr int kCols = kN / 16, kPart = part_of<T>(kCols);
 #pragma unroll
   for (int part = 0; part < kCols; part += kPart) {
     if (part > 0 && part * 16 >= cols) break;
@@ -437,9 +474,9 @@ __device__ __forceinline__ void multiply(
   }
 }
 
-template <typename T, int kK, int kN, typename Rows>
+template <typename T, int kK, int kN, bool kPadded, typename Rows>
 __device__ __forceinline__ void multiply(
-    Accumulator<kN>& acc, const Rows& a, const SharedTile<T, kK, kN>& b, int cols = kN) {
+    Accumulator<kN>& acc, const Rows& a, const SharedTile<T, kK, kN, kPadded>& b, int cols = kN) {
   multiply<1>(&acc, &a, b, cols);
 }
 
