@@ -177,6 +177,32 @@ def visible_tiles(low, high, all_low, all_high, TILE: tl.constexpr):
 
 
 @triton.jit
+def visible_keys(first, queries, keys, left, right, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """What the rows of a tile of queries see: tiles of keys, and for each row ``[low, high)``.
+
+    ``first`` is the tile's first query; the last query is aligned with the last key. Returns
+    ``(begin, free, edge, end, low, high)``, the first four as :func:`visible_tiles` does.
+    """
+    position = first + keys - queries
+    last = tl.minimum(first + ROWS, queries) - 1 + keys - queries
+    begin, free, edge, end = visible_tiles(
+        position - left + 1,
+        tl.minimum(last + right + 1, keys),
+        last - left + 1,
+        tl.minimum(position + right + 1, keys),
+        TILE,
+    )
+    rows = tl.arange(0, ROWS)
+    low = position + rows - left + 1
+    high = tl.minimum(position + rows + right + 1, keys)
+    if first >= queries:
+        end = begin
+        free = begin
+        edge = begin
+    return begin, free, edge, end, low, high
+
+
+@triton.jit
 def masked_tile(n, begin, free, edge):
     """The n-th of the tiles that need the mask."""
     return tl.where(n < free - begin, begin + n, edge + n - (free - begin))

@@ -6,7 +6,7 @@ import torch
 import triton
 from attnvariants.kernels._launch import launch
 from attnvariants.kernels._linear_configs import STRIDE, Tiles, segment_length, tiles
-from attnvariants.kernels._tiles import Strided, odd
+from attnvariants.kernels._tiles import Strided, odd, strided
 from attnvariants.kernels._walk import Dims, Walk
 from attnvariants.kernels.linear_backward import (
     QueryKeyGradients,
@@ -316,7 +316,8 @@ class _Call:
 
 def _strided(x: Tensor) -> Strided:
     """``[B, T, H, D]`` or ``[B, T, H]``; Triton 3.6 does not hand on tuples with ``None``."""
-    return Strided(x, *x.stride(), *(0,) * (4 - x.dim()))
+    found = strided(x)
+    return found if found.dim is not None else found._replace(dim=0)
 
 
 def _norm(

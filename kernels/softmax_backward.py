@@ -15,6 +15,7 @@ from attnvariants.kernels._schedule import (
     find_rows,
     masked_tile,
     pick_tile,
+    visible_keys,
     visible_tiles,
 )
 from attnvariants.kernels._tiles import LOG2_E, cast, dot, load_rows, locate, power, store_rows
@@ -139,21 +140,7 @@ def softmax_backward_dq_kernel(
     p_k = locate(k, i_b, i_kv, start)
     p_v = locate(v, i_b, i_kv, start)
 
-    position = first + keys - queries
-    last = tl.minimum(first + BT, queries) - 1 + keys - queries
-    begin, free, edge, end = visible_tiles(
-        position - left + 1,
-        tl.minimum(last + right + 1, keys),
-        last - left + 1,
-        tl.minimum(position + right + 1, keys),
-        BS,
-    )
-    low = position + rows - left + 1  # a row sees the keys [low, high)
-    high = tl.minimum(position + rows + right + 1, keys)
-    if first >= queries:
-        end = begin
-        free = begin
-        edge = begin
+    begin, free, edge, end, low, high = visible_keys(first, queries, keys, left, right, BT, BS)
     alone = high - tl.maximum(low, 0) == 1
     b_delta = load_statistic(delta, offset, rows, live)
     b_dlse = tl.zeros([BT], tl.float32)

@@ -16,7 +16,7 @@ from attnvariants.kernels._schedule import (
     find_rows,
     masked_tile,
     pick_tile,
-    visible_tiles,
+    visible_keys,
 )
 from attnvariants.kernels._tiles import (
     LN_2,
@@ -115,22 +115,7 @@ def softmax_forward_kernel(
     p_k = locate(k, i_b, i_kv, start)
     p_v = locate(v, i_b, i_kv, start)
 
-    # The last query is aligned with the last key.
-    position = first + keys - queries
-    last = tl.minimum(first + BT, queries) - 1 + keys - queries
-    begin, free, edge, end = visible_tiles(
-        position - left + 1,
-        tl.minimum(last + right + 1, keys),
-        last - left + 1,
-        tl.minimum(position + right + 1, keys),
-        BS,
-    )
-    low = position + rows - left + 1  # a row sees the keys [low, high)
-    high = tl.minimum(position + rows + right + 1, keys)
-    if first >= queries:
-        end = begin
-        free = begin
-        edge = begin
+    begin, free, edge, end, low, high = visible_keys(first, queries, keys, left, right, BT, BS)
     b_o = tl.zeros([BT, BV], tl.float32)
     b_m = tl.full([BT], float("-inf"), tl.float32)  # largest logit so far
     b_l = tl.zeros([BT], tl.float32)  # sum of power(logit - b_m)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,6 +17,14 @@ from attnvariants.reference.gated_sdpa import gated_sdpa
 F32 = torch.float32
 
 
+def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts the cache of a head into many parts for the Triton kernels."""
+    from attnvariants.kernels import softmax_decode
+
+    config = softmax_decode.Config(BT=16, BS=16, BC=16, warps=4, stages=1)
+    monkeypatch.setattr(softmax_decode, "configure", lambda *_: config)
+
+
 def draw(
     batch: int, length: int, heads: int, kv_heads: int, key_dim: int = 5, value_dim: int = 7
 ) -> dict[str, Tensor]:
@@ -24,6 +33,14 @@ def draw(
         "k": torch.randn(batch, length, kv_heads, key_dim, dtype=torch.float64),
         "v": torch.randn(batch, length, kv_heads, value_dim, dtype=torch.float64),
     }
+
+
+def spread(x: Tensor) -> Tensor:
+    """The same numbers, with the first axis innermost and NaN between them."""
+    wide = x.new_full((*x.shape[1:], 2 * x.shape[0] + 1), torch.nan)
+    view = wide[..., 1::2].movedim(-1, 0)
+    view.copy_(x)
+    return view
 
 
 def cut(tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_build import cuda_on_cpu
+from decode_checks import spread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from linear_decode_checks import F32, assert_decodes, decode, draw, log_decay
@@ -152,22 +153,14 @@ def test_inputs_and_state_with_any_strides(norm: str | None) -> None:
     }
     tensors["g"] = log_decay((2, 3, 3, 9)).float()
     state = tensors.pop("initial_state")
-    spread = {name: _spread(x) for name, x in tensors.items()} | {"state": _spread(state)}
+    apart = {name: spread(x) for name, x in tensors.items()} | {"state": spread(state)}
     wide = torch.full((2, 3, 9, 23), torch.nan)[..., 1:21].copy_(state)
     out = linear_attention_decode(**tensors, state=state, norm=norm, impl="cuda")
-    assert torch.equal(out, linear_attention_decode(**spread, norm=norm, impl="cuda"))
-    assert torch.equal(state, spread["state"])
+    assert torch.equal(out, linear_attention_decode(**apart, norm=norm, impl="cuda"))
+    assert torch.equal(state, apart["state"])
     other = linear_attention_decode(**tensors, state=wide, norm=norm, impl="cuda")
     assert torch.equal(out, other)
     assert torch.equal(state, wide)
-
-
-def _spread(x: Tensor) -> Tensor:
-    """The same numbers, with the first axis innermost and NaN between them."""
-    wide = x.new_full((*x.shape[1:], 2 * x.shape[0] + 1), torch.nan)
-    view = wide[..., 1::2].movedim(-1, 0)
-    view.copy_(x)
-    return view
 
 
 @pytest.mark.parametrize("wide", ["norm_weight", "gate", "g"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from decode_checks import spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_decode_checks import F32, assert_decodes, draw, log_decay
@@ -133,19 +134,11 @@ def test_inputs_and_state_with_any_strides(norm: str | None) -> None:
     }
     tensors["g"] = log_decay((2, 3, 3, 9)).float()
     state = tensors.pop("initial_state")
-    spread = {name: _spread(x) for name, x in tensors.items()} | {"state": _spread(state)}
+    apart = {name: spread(x) for name, x in tensors.items()} | {"state": spread(state)}
     out = linear_attention_decode(**tensors, state=state, norm=norm, impl="triton")
-    other = linear_attention_decode(**spread, norm=norm, impl="triton")
+    other = linear_attention_decode(**apart, norm=norm, impl="triton")
     assert torch.equal(out, other)
-    assert torch.equal(state, spread["state"])
-
-
-def _spread(x: Tensor) -> Tensor:
-    """The same numbers, with the first axis innermost and NaN between them."""
-    wide = x.new_full((*x.shape[1:], 2 * x.shape[0] + 1), torch.nan)
-    view = wide[..., 1::2].movedim(-1, 0)
-    view.copy_(x)
-    return view
+    assert torch.equal(state, apart["state"])
 
 
 @pytest.mark.parametrize("rank", [1, 2])

@@ -9,15 +9,11 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
-import hypothesis.strategies as st
 import pytest
 import torch
 from cuda_build import cuda_on_cpu
-from decode_checks import F32, assert_decodes, cut, decode, draw, make_cache, whole
-from hypothesis import HealthCheck, given, settings
-from torch import Tensor
+from decode_checks import F32, assert_decodes, cut, decode, draw, make_cache, spread, whole
 
 from attnvariants import KVCache, attention_decode
 from attnvariants._verify import within
@@ -30,20 +26,6 @@ HALF = (torch.bfloat16, torch.float16)
 def controls(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     with cuda_on_cpu(monkeypatch) as library:
         yield library
-
-
-@pytest.mark.parametrize("prompt", [0, 5, 6, 7, 31])
-@pytest.mark.parametrize("window", [1, (None, 6)])
-def test_single_tokens_around_the_window(window: Any, prompt: int) -> None:
-    assert_decodes(draw(2, prompt + 8, 4, 2), window, prompt, [1] * 8, impl="cuda")
-
-
-@pytest.mark.parametrize("steps", [[8, 8, 1], [2, 3, 4, 5, 6, 7]])
-@pytest.mark.parametrize("prompt", [0, 4, 30])
-def test_steps_of_several_tokens(prompt: int, steps: list[int]) -> None:
-    """Among them steps longer than the window, into empty, filling and full rings."""
-    tensors = draw(1, prompt + sum(steps), 5, 5)
-    assert_decodes(tensors, (None, 20, 5, 3, 1), prompt, steps, impl="cuda")
 
 
 @pytest.mark.parametrize(
@@ -104,30 +86,6 @@ def test_head_dims(key_dim: int, value_dim: int, heads: int, dtype: torch.dtype)
     assert_decodes(tensors, 20, 30, [1, 2], dtype, impl="cuda")
 
 
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    window=st.lists(st.none() | st.integers(1, 40), min_size=2, max_size=2),
-    prompt=st.integers(0, 60),
-    steps=st.lists(st.integers(1, 8), min_size=1, max_size=3),
-    group=st.integers(1, 3),
-    order=st.integers(0, 100),
-)
-def test_any_windows_and_steps(
-    window: list[int | None],
-    prompt: int,
-    steps: list[int],
-    group: int,
-    order: int,
-    controls: ctypes.CDLL,
-) -> None:
-    torch.manual_seed(0)
-    controls.cuda_on_cpu_order(order)
-    tensors = draw(1, prompt + sum(steps), 2 * group, 2)
-    assert_decodes(tensors, window, prompt, steps, impl="cuda")
-
-
 @pytest.mark.parametrize("heads", [2, 8])
 def test_order_of_threads_and_blocks_does_not_matter(heads: int, controls: ctypes.CDLL) -> None:
     """To the last bit: a race or a dependence between blocks would show."""
@@ -141,64 +99,10 @@ def test_order_of_threads_and_blocks_does_not_matter(heads: int, controls: ctype
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_rows_reset_one_by_one() -> None:
-    """A row that starts anew beside others that go on, on top of what it has left."""
-    tensors = {name: x.float() for name, x in draw(3, 50, 4, 2).items()}
-    cache = make_cache(tensors, (18, None), max_length=60)
-    cache.append(tensors["k"][:, :30], tensors["v"][:, :30])
-    cache.lengths[1] = 0
-    starts = torch.tensor([30, 0, 30])
-    out = []
-    for start in range(0, 12, 4):
-        step = {name: torch.stack([x[b, starts[b] + start :][:4] for b in range(3)])
-                for name, x in tensors.items()}  # fmt: skip
-        out.append(attention_decode(**step, cache=cache, impl="cuda"))
-    assert cache.lengths.tolist() == [42, 12, 42]
-    for b, prompt in enumerate(starts.tolist()):
-        row = {name: x[b : b + 1] for name, x in tensors.items()}
-        exact = {name: x.double() for name, x in row.items()}
-        truth, plain = (whole(x, (18, None), prompt, [12])["out"] for x in (exact, row))
-        found = torch.cat(out, dim=1)[b : b + 1]
-        comparison = within("out", found, truth, float((plain - truth).abs().max()), F32)
-        assert comparison.ok, comparison
-
-
-@pytest.mark.parametrize("dtype", [*HALF, F32])
-def test_unused_slots_may_hold_anything(dtype: torch.dtype) -> None:
-    tensors = {name: x.to(dtype) for name, x in draw(2, 60, 4, 2).items()}
-    clean = decode(tensors, (20, None), 9, [1, 4, 8], impl="cuda")["out"]
-    cache = make_cache(tensors, (20, None))
-    cache.k.fill_(torch.nan)
-    cache.v.fill_(torch.nan)
-    cache.append(tensors["k"][:, :9], tensors["v"][:, :9])
-    ends = itertools.pairwise([9, 10, 14, 22])
-    out = [attention_decode(**cut(tensors, *end), cache=cache, impl="cuda") for end in ends]
-    assert torch.equal(torch.cat(out, dim=1), clean)
-
-
-def test_the_key_that_leaves_the_window_is_not_read() -> None:
-    tensors = {name: x.float() for name, x in draw(1, 21, 2, 1).items()}
-    clean = decode(tensors, 20, 20, [1], impl="cuda")["out"]
-    tensors["k"][:, 0] = tensors["v"][:, 0] = torch.nan
-    assert torch.equal(decode(tensors, 20, 20, [1], impl="cuda")["out"], clean)
-
-
 def test_nan_spreads() -> None:
     tensors = {name: x.float() for name, x in draw(1, 21, 2, 1).items()}
     tensors["k"][:, 3] = torch.nan
     assert decode(tensors, None, 20, [1], impl="cuda")["out"].isnan().all()
-
-
-def test_cache_holds_what_append_would_have_written() -> None:
-    tensors = {name: x.float() for name, x in draw(2, 40, 6, 3).items()}
-    caches = [make_cache(tensors, (5, None, 1)) for _ in range(2)]
-    for start, end in itertools.pairwise([0, 8, 9, 14, 22, 40]):
-        if end - start <= 8:
-            attention_decode(**cut(tensors, start, end), cache=caches[0], impl="cuda")
-            caches[1].append(tensors["k"][:, start:end], tensors["v"][:, start:end])
-            assert torch.equal(caches[0].k, caches[1].k)
-            assert torch.equal(caches[0].v, caches[1].v)
-            assert torch.equal(caches[0].lengths, caches[1].lengths)
 
 
 def test_counters_are_zero_between_steps() -> None:
@@ -223,7 +127,7 @@ def test_inputs_with_any_strides() -> None:
     cache.append(tensors["k"][:, :30], tensors["v"][:, :30])
     out = []
     for end in itertools.pairwise([30, 31, 39]):
-        step = {name: _spread(x) for name, x in cut(tensors, *end).items()}
+        step = {name: spread(x) for name, x in cut(tensors, *end).items()}
         out.append(attention_decode(**step, cache=cache, impl="cuda"))
     assert torch.equal(torch.cat(out, dim=1), plain)
 
@@ -237,14 +141,6 @@ def test_rows_off_a_multiple_of_16_bytes(name: str) -> None:
     wide = torch.nn.functional.pad(tensors[name], (1, 2), value=torch.nan)
     tensors[name] = wide[..., 1:-2]
     assert torch.equal(decode(tensors, (20, None), 20, [1, 8], impl="cuda")["out"], plain)
-
-
-def _spread(x: Tensor) -> Tensor:
-    """The same numbers, with the first axis innermost and NaN between them."""
-    wide = x.new_full((*x.shape[1:], 2 * x.shape[0] + 1), torch.nan)
-    view = wide[..., 1::2].movedim(-1, 0)
-    view.copy_(x)
-    return view
 
 
 @pytest.mark.parametrize(
