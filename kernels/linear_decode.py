@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from attnvariants.kernels._feature_map import apply_map
 from attnvariants.kernels._launch import launch, tile_dim
 from attnvariants.kernels._tiles import LOG2_E, Strided, cast, locate, odd, strided
 from torch import Tensor
@@ -240,7 +241,7 @@ def _apply(b_o, weight, gate, i_b, i_h, t, cols, live, ACTIVATION: tl.constexpr)
         b_o *= tl.load(p_weight, mask=live, other=0.0).to(tl.float32)
     if gate is not None:
         b_gate = tl.load(locate(gate, i_b, i_h, t) + cols * gate.dim, mask=live, other=0.0)
-        b_o *= _map(b_gate.to(tl.float32), ACTIVATION)
+        b_o *= apply_map(b_gate.to(tl.float32), ACTIVATION)
     return b_o
 
 
@@ -248,30 +249,7 @@ def _apply(b_o, weight, gate, i_b, i_h, t, cols, live, ACTIVATION: tl.constexpr)
 def _load_features(x, i_b, i_h, t, rows, K: tl.constexpr, MAP: tl.constexpr):
     """``phi(x)`` of one token and head in float32, 0 beyond K whatever phi(0) is."""
     b_x = tl.load(locate(x, i_b, i_h, t) + rows * x.dim, mask=rows < K, other=0.0)
-    return tl.where(rows < K, _map(b_x.to(tl.float32), MAP), 0.0)
-
-
-@triton.jit
-def _map(x, MAP: tl.constexpr):
-    """Feature maps and gates: ``"elu+1"``, ``"elu"``, ``"relu"``, ``"silu"``, ``"sigmoid"``, none.
-
-    Exponentials are of numbers <= 0 only, so that they cannot overflow.
-    """
-    if MAP == "elu+1":
-        y = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
-    elif MAP == "elu":
-        y = tl.where(x > 0, x, _expm1(tl.minimum(x, 0.0)))
-    elif MAP == "relu":
-        y = tl.maximum(x, 0.0)
-    elif MAP == "silu" or MAP == "sigmoid":
-        e = tl.exp(-tl.abs(x))
-        y = tl.where(x < 0, e, 1.0) / (1.0 + e)
-        if MAP == "silu":
-            y = x * y
-    else:
-        tl.static_assert(MAP is None)
-        y = x
-    return y
+    return tl.where(rows < K, apply_map(b_x.to(tl.float32), MAP), 0.0)
 
 
 @triton.jit
@@ -292,13 +270,3 @@ def _decay(g):
     series = 0.5 + r * series
     power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
     return tl.where(g < -87.0, 0.0, (1.0 + (r + r * r * series)) * power)
-
-
-@triton.jit
-def _expm1(x):
-    """``exp(x) - 1`` for x <= 0: near 0 as ``2 x / (x coth(x / 2) - x)``, without a difference."""
-    x2 = x * x
-    series = 1.0 / 15120 - x2 * (1.0 / 604800)
-    series = 1.0 / 360 - x2 * series
-    series = 1.0 / 6 - x2 * series
-    return tl.where(x > -1, 2.0 * x / (2.0 - x + x2 * series), tl.exp(x) - 1.0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from attnvariants.kernels._feature_map import apply_map
 from decode_checks import spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,7 +105,7 @@ def _evaluate(p_x, p_decay, p_elu, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
     x = tl.load(p_x + index)
     tl.store(p_decay + index, linear_decode._decay(x))
-    tl.store(p_elu + index, linear_decode._map(x, "elu"))
+    tl.store(p_elu + index, apply_map(x, "elu"))
 
 
 def test_exponentials() -> None:
