@@ -46,9 +46,6 @@ struct SoftmaxForward {
   Band bands[kMaxBands + 1];  // the last one has the number of KV heads as `first`
 };
 
-// The number of bands that `windows` take, one per KV head.
-int count_bands(const int64_t* windows, int kv_heads);
-
 cudaError_t launch_softmax_forward(
     SoftmaxForward call, Dtype dtype, const int64_t* windows, cudaStream_t stream);
 

@@ -1,7 +1,7 @@
 // The operator attnvariants::_softmax_forward. Its schema is in
 // attnvariants/ops/_cuda_softmax_forward.py, which has checked the arguments.
 
-#include "softmax_forward.h"
+#include "softmax_plan.h"
 #include "tensors.h"
 
 namespace attnvariants {
