@@ -10,6 +10,7 @@ namespace attnvariants {
 
 inline constexpr int kMaxBands = 128;  // they travel with the kernel's parameters
 inline constexpr int kUnlimited = -1;  // a window of all keys
+inline constexpr int kFar = 1 << 29;   // further than any key
 
 // Neighbouring KV heads with one window. Key j is visible where -right <= i - j < left.
 struct Band {

@@ -20,7 +20,6 @@ inline int count_bands(const int64_t* windows, int kv_heads) {
 
 // Heads in bands of one window, those that see most first.
 inline void fill_bands(SoftmaxForward& call, const int64_t* windows) {
-  constexpr int64_t kFar = 1 << 29;  // further than any key
   std::vector<Band> bands;
   std::vector<int> counts, order;
   for (int head = 0; head < call.kv_heads; ++head) {
@@ -29,9 +28,9 @@ inline void fill_bands(SoftmaxForward& call, const int64_t* windows) {
       continue;
     }
     const bool limited = windows[head] != kUnlimited;
-    const int left = static_cast<int>(limited ? std::min(windows[head], kFar) : kFar);
+    const int left = static_cast<int>(limited ? std::min<int64_t>(windows[head], kFar) : kFar);
     // A head with a window is causal, whatever the others are.
-    bands.push_back({0, head, left, call.causal || limited ? 0 : static_cast<int>(kFar)});
+    bands.push_back({0, head, left, call.causal || limited ? 0 : kFar});
     counts.push_back(1);
   }
   order.resize(bands.size());

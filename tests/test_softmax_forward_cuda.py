@@ -21,6 +21,8 @@ from torch import Tensor
 
 import attnvariants
 from attnvariants import diag_attention, gated_sdpa, ls_attention
+from attnvariants._check_cases import CASES, Case
+from attnvariants._check_cases import check as check_case
 from attnvariants._verify import within
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -441,6 +443,14 @@ def test_a_call_with_a_gradient_is_for_others(function: str, name: str) -> None:
         assert torch.equal(call(**tensors, **options), expected)  # "auto", beside an interpreter
     (gradient,) = torch.autograd.grad(call(**tensors, **options).sum(), tensors[name])
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.function)
+def test_the_check_of_an_installation(case: Case, dtype: torch.dtype) -> None:
+    rows = check_case(case, "cuda", dtype, torch.device("cpu"))
+    assert {row.name for row in rows} <= {"out", "max_logit", "lse"}
+    assert all(row.ok for row in rows), rows
 
 
 def test_windows_that_change_too_often_are_for_others() -> None:
