@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnvariants._select import has_backward
 from attnvariants._verify import Comparison, compare, exact_and_error, round_to, within
 from attnvariants.kv_cache import KVCache
 from attnvariants.recurrent_state import RecurrentState
@@ -73,13 +74,16 @@ CASES = (
 
 
 def check(case: Case, impl: str, dtype: torch.dtype, device: torch.device) -> list[Comparison]:
-    """Compares every output and gradient of ``impl`` with float64 (decoding has no gradients)."""
+    """Compares every output of ``impl``, and every gradient that it has, with float64."""
     tensors = case.tensors(device)
     if case.function == "attention_decode":
         return _compare_decode(_decode_softmax, case, tensors, impl, dtype)
     if case.function == "linear_attention_decode":
         return _compare_decode(_decode_linear, case, tensors, impl, dtype)
-    return compare(case.function, tensors, case.options, impl=impl, dtype=dtype)
+    gradients = has_backward(case.function, impl)
+    return compare(
+        case.function, tensors, case.options, impl=impl, dtype=dtype, gradients=gradients
+    )
 
 
 def _compare_decode(

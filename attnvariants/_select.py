@@ -73,11 +73,16 @@ def preference(function: str) -> tuple[str, ...]:
 
 def forward_only(function: str, *inputs: torch.Tensor | None) -> Mapping[str, str]:
     """The obstacle that a gradient is to ``"cuda"``, for :func:`select`."""
-    if function not in FORWARD_ONLY or not torch.is_grad_enabled():
+    if has_backward(function, "cuda") or not torch.is_grad_enabled():
         return _NONE
     if not any(x is not None and x.requires_grad for x in inputs):
         return _NONE
     return {"cuda": "it has no backward, and an input requires a gradient (torch.no_grad() helps)"}
+
+
+def has_backward(function: str, impl: str) -> bool:
+    """Whether ``impl`` computes gradients of ``function``."""
+    return not (impl == "cuda" and function in FORWARD_ONLY)
 
 
 def implementations() -> dict[str, dict[str, Availability]]:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from attnvariants._select import FUNCTIONS, IMPLEMENTATIONS, interpreting
+from attnvariants._select import FUNCTIONS, IMPLEMENTATIONS, has_backward, interpreting
 from bench import account, speed_tables, timing
-from bench.cases import MODES, Case
+from bench.cases import MODES, TRAINING, Case
 from bench.console import make_console, progress
 from bench.contenders import Candidate, InputSets, candidates, disagreement
 from bench.environment import describe, disturbance, one_line
@@ -233,7 +233,9 @@ class Session:
         return list(rows.values())
 
     def refusal(self, candidate: Candidate, case: Case, mode: str, dtype: str) -> str | None:
-        """Why a candidate would take too long."""
+        """Why a candidate has nothing to time, or would take too long."""
+        if candidate.ours and mode == TRAINING and not has_backward(case.function, candidate.name):
+            return "not timed: it has no backward"
         least = self._work(candidate, case, mode, dtype)
         floor = least.seconds(*timing.rates(self.anchors, DTYPES[dtype])) if self.anchors else 0.0
         if floor > LONGEST_CALL[self.device.type]:

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 import attnvariants
-from attnvariants._select import FUNCTIONS, IMPLEMENTATIONS
+from attnvariants._select import FUNCTIONS, IMPLEMENTATIONS, has_backward
 from attnvariants._verify import Comparison, compare, exact_and_error, round_to, settle, within
 from bench.cases import Case
 from bench.console import make_console, progress
@@ -198,6 +198,7 @@ def check(
         return settle(lambda attempt: _check_decode(case, tensors(attempt), impl, dtype))
     if case.function == "linear_attention_decode":
         return settle(lambda attempt: _check_linear_decode(case, tensors(attempt), impl, dtype))
+    gradients = gradients and has_backward(case.function, impl)
     return compare(
         case.function, tensors(), case.options, impl=impl, dtype=dtype, gradients=gradients
     )

@@ -329,18 +329,21 @@ __device__ __forceinline__ void decay_rows(
 
 // --- Either.
 
-// q times the decay since the start of the chunk, and k times that until its end, in place.
+// q, if it is there, times the decay since the start of the chunk, and k times that until its end,
+// in place.
 template <typename C>
 __device__ __forceinline__ void decay_slice(
-    const ChunkMemory<C>& memory, bool per_channel, int filled) {
+    const ChunkMemory<C>& memory, bool per_channel, bool has_q, int filled) {
   const int lane = fresh_lane(), warps = blockDim.x / 32;
   if (2 * lane >= filled) return;
   constexpr int kCount = C::kGroupRows;
   for (int group = threadIdx.x / 32; group < kGroups; group += warps) {
     const int first = group * kCount;
     if (per_channel) {
-      decay_rows<C, true, kCount>(
-          memory.q(), memory.q(), memory.g(), first, group_total(memory, 0, group, lane), lane);
+      if (has_q) {
+        decay_rows<C, true, kCount>(
+            memory.q(), memory.q(), memory.g(), first, group_total(memory, 0, group, lane), lane);
+      }
       decay_rows<C, false, kCount>(
           memory.k(), memory.k(), memory.g(), first, group_total(memory, group + 1, kGroups, lane),
           lane);
@@ -350,10 +353,11 @@ __device__ __forceinline__ void decay_slice(
     for (int i = 0; i < kCount; ++i) {
       const int row = first + i;
       const float start = memory.token_start()[row], end = memory.token_end()[row];
-      const float2 q = load_pair(memory.q().at(row, 2 * lane));
       const float2 k = load_pair(memory.k().at(row, 2 * lane));
-      store_pair(memory.q().at(row, 2 * lane), q.x * start, q.y * start);
       store_pair(memory.k().at(row, 2 * lane), k.x * end, k.y * end);
+      if (!has_q) continue;
+      const float2 q = load_pair(memory.q().at(row, 2 * lane));
+      store_pair(memory.q().at(row, 2 * lane), q.x * start, q.y * start);
     }
   }
 }

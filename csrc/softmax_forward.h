@@ -10,6 +10,7 @@ namespace attnvariants {
 
 inline constexpr int kMaxBands = 128;  // they travel with the kernel's parameters
 inline constexpr int kUnlimited = -1;  // a window of all keys
+inline constexpr int kFar = 1 << 29;   // further than any key
 
 // Neighbouring KV heads with one window. Key j is visible where -right <= i - j < left.
 struct Band {
@@ -45,9 +46,6 @@ struct SoftmaxForward {
   int num_bands;
   Band bands[kMaxBands + 1];  // the last one has the number of KV heads as `first`
 };
-
-// The number of bands that `windows` take, one per KV head.
-int count_bands(const int64_t* windows, int kv_heads);
 
 cudaError_t launch_softmax_forward(
     SoftmaxForward call, Dtype dtype, const int64_t* windows, cudaStream_t stream);

@@ -1,7 +1,7 @@
 // The operator attnvariants::_softmax_forward. Its schema is in
 // attnvariants/ops/_cuda_softmax_forward.py, which has checked the arguments.
 
-#include "softmax_forward.h"
+#include "softmax_plan.h"
 #include "tensors.h"
 
 namespace attnvariants {
@@ -26,6 +26,11 @@ void softmax_forward(
                   "attnvariants: windows change more than ", kMaxBands, " times");
   STD_TORCH_CHECK(relu || lse.has_value(), "attnvariants: a softmax needs lse");
   STD_TORCH_CHECK(scale >= 0.0, "attnvariants: the scale must not be negative");
+
+  const int64_t sequences = cu_seqlens.has_value() ? cu_seqlens->numel() - 1 : 0;
+  STD_TORCH_CHECK(std::max(q.size(1), k.size(1)) < kFar, "attnvariants: sequences too long");
+  STD_TORCH_CHECK((q.size(1) / 64 + 1 + sequences) * q.size(0) * q.size(2) <= INT32_MAX,
+                  "attnvariants: too many tiles for one launch");
 
   SoftmaxForward call = {};
   call.q = q.const_data_ptr();
@@ -55,7 +60,7 @@ void softmax_forward(
   call.out_aligned = is_aligned(out);
   if (cu_seqlens.has_value()) {
     call.cu_seqlens = static_cast<const int*>(cu_seqlens->const_data_ptr());
-    call.sequences = static_cast<int>(cu_seqlens->numel()) - 1;
+    call.sequences = static_cast<int>(sequences);
   }
   if (gate.has_value()) {
     call.gate = gate->const_data_ptr();

@@ -236,6 +236,21 @@ def test_bad_arguments_end_with_code_2(tmp_path: Path, arguments: list[str]) -> 
     assert caught.value.code == 2
 
 
+def test_what_has_no_backward_is_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "has_backward", lambda function, impl: impl != "eager")
+    code, content = _run(
+        tmp_path, "--functions", "diag_attention", "--impls", "eager", "--dtypes", "float32"
+    )
+    rows = [row for row in content["rows"] if row["contender"] == "eager"]
+    assert code == 0
+    assert {row["mode"]: (row["status"], row["reason"]) for row in rows} == {
+        FORWARD: ("ok", None),
+        TRAINING: ("missing", "not timed: it has no backward"),
+    }
+
+
 def test_decode_starts_every_sample_at_the_same_length() -> None:
     inputs = InputSets(DECODE, DECODING, torch.float32, torch.device("cpu"))
     entry = SpeedCase(DECODE, (DECODING,), ())
@@ -273,10 +288,7 @@ def test_lengths_of_the_sweep() -> None:
 
 def test_an_unusable_implementation_is_left_out() -> None:
     entry = SpeedCase(LOCAL, BOTH, ())
-    usable = [
-        impl
-        for impl, (ok, _) in attnvariants.implementations()["ls_attention"].items()
-        if ok and impl != "reference"
-    ]
-    found = contenders.candidates(entry, ["cuda", "triton", "eager"])
+    impls, available = ["cuda", "triton", "eager"], attnvariants.implementations()["ls_attention"]
+    usable = [impl for impl in impls if available[impl].usable]
+    found = contenders.candidates(entry, impls)
     assert [candidate.name for candidate in found] == usable

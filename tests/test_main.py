@@ -38,7 +38,8 @@ def test_plain_listing(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines["torch"] == [torch.__version__]
     assert lines["function"] == list(IMPLEMENTATIONS)
     for function, entries in implementations().items():
-        assert lines[function] == ["yes" if entry.usable else "no" for entry in entries.values()]
+        usable = [entries[impl].usable for impl in IMPLEMENTATIONS]
+        assert lines[function] == ["yes" if one else "no" for one in usable]
         for impl, entry in entries.items():
             assert entry.usable or f"no {impl}: {entry.reason}" in text
 

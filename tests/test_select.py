@@ -7,12 +7,14 @@ import importlib.util
 import pytest
 import torch
 
-from attnvariants import implementations
+from attnvariants import _select, implementations
 from attnvariants._select import (
     CUDA_FUNCTIONS,
+    FORWARD_ONLY,
     FUNCTIONS,
     IMPLEMENTATIONS,
     TRITON_FUNCTIONS,
+    forward_only,
     select,
 )
 
@@ -23,7 +25,7 @@ def test_implementations_lists_everything_with_a_reason() -> None:
     table = implementations()
     assert tuple(table) == FUNCTIONS
     for rows in table.values():
-        assert tuple(rows) == IMPLEMENTATIONS
+        assert set(rows) == set(IMPLEMENTATIONS)
         assert rows["reference"].usable
         assert rows["eager"].usable
         assert all(row.reason for row in rows.values())
@@ -67,6 +69,36 @@ def test_cuda_kernels_without_the_extension_say_how_to_build_it(function: str) -
         pytest.skip("the extension is built")
     with pytest.raises(NotImplementedError, match=r"the extension is not built.*These can"):
         select(function, "cuda", CPU, F32)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("without", ["", "triton", "cuda"])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_auto_on_a_device(
+    gradient: bool, without: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole sequences go to Triton, which has a backward; CUDA C++ stands in where it can."""
+    if function not in CUDA_FUNCTIONS:
+        pytest.skip("no CUDA C++ kernel")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(_select, "_obstacle", lambda _, impl, *__: "no" * (impl == without))
+    x = torch.zeros(1, requires_grad=gradient)
+    found = select(function, "auto", CPU, F32, forward_only(function, x, None))
+    if function not in FORWARD_ONLY:
+        assert found == ("triton" if without == "cuda" else "cuda")
+    elif without == "triton":
+        assert found == ("eager" if gradient else "cuda")
+    else:
+        assert found == "triton"
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_kernel_without_a_backward_refuses_a_gradient(function: str) -> None:
+    x, y = torch.zeros(1, requires_grad=True), torch.zeros(1)
+    assert list(forward_only(function, y, None, x)) == ["cuda"] * (function in FORWARD_ONLY)
+    assert not forward_only(function, y, None)
+    with torch.no_grad():
+        assert not forward_only(function, x)
 
 
 def test_unknown_names_are_refused() -> None:

@@ -71,7 +71,7 @@ __global__ void products(const Products p) {
   using Keys = SharedTile<T, kRows, kK>;
   using Values = SharedTile<T, kRows, kN>;
   const Keys a(dynamic_shared), b(dynamic_shared + Keys::kBytes);
-  const Values c(dynamic_shared + 2 * Keys::kBytes), out(c.data + kRows * kN);
+  const Values c(dynamic_shared + 2 * Keys::kBytes), out(dynamic_shared + 2 * Keys::kBytes + Values::kBytes);
   load_rows<kThreads>(
       a, GlobalRows<const T>{static_cast<const T*>(p.a), p.a_stride, p.rows, p.depth, p.aligned}, 0);
   load_rows<kThreads>(
