@@ -90,7 +90,11 @@ class ChunkMemory {
   using Values = SharedTile<E, kRows, kValues>;
   using Scores = SharedTile<E, kRows, kRows>;
 
-  static constexpr size_t bytes(int warps) { return kValuesAt + warps / 4 * Values::kBytes; }
+  static constexpr int bytes(int warps) {
+    constexpr int kMost = kValuesAt + kMaxWarps / 4 * Values::kBytes;
+    static_assert(kMost <= 99 * 1024);  // of any chip from sm_80 on
+    return kValuesAt + warps / 4 * Values::kBytes;
+  }
 
   __device__ __forceinline__ explicit ChunkMemory(unsigned char* base) : base_(base) {}
 

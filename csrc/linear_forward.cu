@@ -154,14 +154,14 @@ linear_forward_kernel(const __grid_constant__ LinearForward p, const Pass pass) 
 template <typename T, int kSlices>
 cudaError_t launch_pass(const LinearForward& call, const Pass& pass, cudaStream_t stream) {
   const auto kernel = linear_forward_kernel<T, kSlices>;
+  const int bytes = ChunkMemory<ChunkOf<T, kSlices>>::bytes(call.warps);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(call.slots) * call.heads * call.value_tiles);
   config.blockDim = dim3(32 * call.warps);
-  config.dynamicSmemBytes = ChunkMemory<ChunkOf<T, kSlices>>::bytes(call.warps);
+  config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-      static_cast<int>(config.dynamicSmemBytes));
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   return cudaLaunchKernelEx(&config, kernel, call, pass);
 }

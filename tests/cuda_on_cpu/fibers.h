@@ -6,10 +6,11 @@
 // the process with a message.
 //
 // Blocks and their threads run in ascending order, one block after the other; or in an order drawn
-// anew between any two barriers, with several blocks under way, of which a random one goes on
-// after every atomic operation and __syncthreads. Results that then change betray a missing
-// barrier, or a block that relies on how far others are. Only one fiber runs at any time, so that
-// the same seed gives the same order. Missing memory fences cannot show here.
+// anew between any two barriers. Some warps then do not start before the others wait for them at
+// __syncthreads, and several blocks are under way, of which a random one goes on after every atomic
+// operation and __syncthreads. Results that change betray a missing barrier, or a block that relies
+// on how far others are. Only one fiber runs at any time, so that the same seed gives the same
+// order. Missing memory fences cannot show here.
 //
 // Asynchronous copies arrive as late as they may, when their thread waits for them, and what they
 // overwrite is NaN from their start on.
@@ -191,7 +192,8 @@ inline bool together(const Fiber& a, const Fiber& b) {
   return a.done == b.done && a.wait == b.wait && a.line == b.line && !std::strcmp(a.file, b.file);
 }
 
-inline void open_barriers(int threads) {
+// Whether it was one of the block. `held` is whether some warps have not run up to it yet.
+inline bool open_barriers(int threads, bool held) {
   State& s = state();
   bool opened = false;
   for (int first = 0; first < threads; first += kWarp) {
@@ -204,13 +206,14 @@ inline void open_barriers(int threads) {
     for (int i = first; i < end; ++i) s.fibers[i].wait = Wait::kNone;
     opened = true;
   }
-  if (opened) return;
+  if (opened || held) return false;
   for (int i = kWarp; i < threads; i += kWarp) {
     if (!together(s.fibers[0], s.fibers[i]))
       fail("warps diverge at __syncthreads", s.fibers[0], s.fibers[i]);
   }
   for (int i = 0; i < threads; ++i) s.fibers[i].wait = Wait::kNone;
   pass_turn();
+  return true;
 }
 
 inline void run_block(int threads, size_t dynamic_bytes) {
@@ -235,16 +238,22 @@ inline void run_block(int threads, size_t dynamic_bytes) {
   for (WarpMatrices& m : s.matrices) m.exchange = 0;
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
+  auto draw_held = [&] { return settings.seed ? s.turns->random()() : 0u; };
+  unsigned held = draw_held();  // warps that run only when the others wait for them, one bit each
   for (;;) {
     if (settings.seed) std::shuffle(order.begin(), order.end(), s.turns->random());
-    bool done = true;
+    bool done = true, ran = false;
     for (int i : order) {
       Fiber& f = s.fibers[i];
-      if (!f.done && f.wait == Wait::kNone) resume(f);
+      if (!f.done && f.wait == Wait::kNone && (held >> (i / kWarp) & 1) == 0) {
+        resume(f);
+        ran = true;
+      }
       done = done && f.done;
     }
     if (done) return;
-    open_barriers(threads);
+    if (!ran && held != 0) held = 0;
+    else if (open_barriers(threads, held != 0)) held = draw_held();
   }
 }
 
