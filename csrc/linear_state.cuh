@@ -105,7 +105,7 @@ __device__ __forceinline__ void update_state(
 
 // Joins the segments of every sequence: S = exp(total) S + own. Of a causal call, `own` is replaced
 // by the state that the segment starts from. A thread has one entry of the state of a head.
-__global__ void __launch_bounds__(kScanThreads)
+static __global__ void __launch_bounds__(kScanThreads)
 linear_scan_kernel(const __grid_constant__ LinearForward p) {
   const int64_t entries = static_cast<int64_t>(p.key_dim) * p.value_dim;
   const int blocks = static_cast<int>((entries + kScanThreads - 1) / kScanThreads);

@@ -63,7 +63,8 @@ def gated_linear_attention(
         return_stats: also return :class:`AttentionStats`, whose ``max_logit`` is the largest
             ``|scale * q_i . k_j * decay_ij|`` over all ``i >= j``; this takes an extra pass of
             O(T^2), in plain PyTorch for every ``impl``. ``lse`` is ``None``.
-        impl: ``"auto"``, ``"reference"``, ``"eager"``, ``"triton"`` or ``"cuda"``.
+        impl: ``"auto"``, ``"reference"``, ``"eager"``, ``"triton"`` or ``"cuda"``, which has no
+            backward and serves calls that need no gradient.
 
     Returns:
         ``out`` ``[B, T, H, V]`` in ``v``'s dtype, then the state ``[N, H, K, V]`` with
