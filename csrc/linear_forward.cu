@@ -142,8 +142,7 @@ linear_forward_kernel(const __grid_constant__ LinearForward p, const Pass pass) 
     const int64_t index = static_cast<int64_t>(slot) * p.heads + head;
     state.store(p, pass.finish + index * head_state, col);
   }
-  if (pass.totals != nullptr && tile == 0) {
-    __syncthreads();
+  if (pass.totals != nullptr && tile == 0) {  // complete since the last barrier
     float* totals = pass.totals + (static_cast<int64_t>(slot) * p.heads + head) * p.decay_width;
     for (int i = threadIdx.x; i < p.decay_width; i += blockDim.x) {
       totals[i] = memory.segment()[i].value();
