@@ -213,6 +213,9 @@ def test_statistics_of_negative_logits(dtype: torch.dtype) -> None:
     torch.testing.assert_close(lse[0, :, 0], torch.arange(1, 71).float().log() - 2)
     _, max_logit, _ = run({"q": ones, "k": torch.zeros_like(ones), "v": -ones})
     assert torch.equal(max_logit, torch.zeros(2))
+    tiny = {"q": 1e-23 * ones, "k": -1e-23 * ones, "v": ones}  # their product is -0
+    if dtype != F16:
+        assert torch.equal(run(tiny)[1], torch.zeros(2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

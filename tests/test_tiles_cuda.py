@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -99,6 +101,29 @@ def test_copies_arrive_when_their_group_is_waited_for(code: ctypes.CDLL) -> None
     assert torch.equal(out[:, 0], x[:, 0])
     assert not out[:, 1].any()
     assert out[:, 2].isnan().all()
+
+
+def test_a_thread_that_returns_before_its_copies_ends_the_process(code: ctypes.CDLL) -> None:
+    call = "x = (ctypes.c_char * 64)(); y = ctypes.addressof(x) + 15 & ~15"
+    call = f"{call}; ctypes.CDLL({code._name!r}).run_copy_under_way(ctypes.c_void_p(y))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import ctypes; {call}"], capture_output=True, text=True
+    )
+    assert done.returncode < 0
+    assert "returns before its copies have arrived" in done.stderr
+
+
+def test_warps_keep_step_or_do_not(code: ctypes.CDLL) -> None:
+    """So that a warp that relies on how far another is gets found out."""
+    expected, right = torch.arange(32, 64, dtype=torch.int32), {True: 0, False: 0}
+    for barrier in right:
+        for order in range(1, 41):
+            out = torch.zeros(32, dtype=torch.int32)
+            code.cuda_on_cpu_order(order)
+            code.run_skewed(_pointer(out), barrier)
+            right[barrier] += torch.equal(out, expected)
+    assert right[True] == 40
+    assert 0 < right[False] < 40
 
 
 @pytest.mark.parametrize("cols", [32, 64, 96, 256])

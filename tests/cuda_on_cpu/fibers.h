@@ -6,14 +6,15 @@
 // the process with a message.
 //
 // Blocks and their threads run in ascending order, one block after the other; or in an order drawn
-// anew between any two barriers. Some warps then do not start before the others wait for them at
-// __syncthreads, and several blocks are under way, of which a random one goes on after every atomic
-// operation and __syncthreads. Results that change betray a missing barrier, or a block that relies
-// on how far others are. Only one fiber runs at any time, so that the same seed gives the same
-// order. Missing memory fences cannot show here.
+// anew between any two barriers, with several blocks under way, of which a random one goes on
+// after every atomic operation and __syncthreads. Between two __syncthreads the warps of a block
+// then keep step, or one after the other runs as far as it can. Results that change betray a
+// missing barrier, or a block that relies on how far others are. Only one fiber runs at any time,
+// so that the same seed gives the same order. Missing memory fences cannot show here.
 //
 // Asynchronous copies arrive as late as they may, when their thread waits for them, and what they
-// overwrite is NaN from their start on.
+// overwrite is NaN from their start on. A thread that returns before they have arrived ends the
+// process.
 
 #pragma once
 
@@ -165,6 +166,9 @@ inline void enter() {
   State& s = state();
   s.body();
   s.current->done = true;
+  if (!s.current->copies.empty()) {
+    fail("a thread returns before its copies have arrived", *s.current, *s.current);
+  }
   _longjmp(s.scheduler, 1);
 }
 
@@ -192,28 +196,28 @@ inline bool together(const Fiber& a, const Fiber& b) {
   return a.done == b.done && a.wait == b.wait && a.line == b.line && !std::strcmp(a.file, b.file);
 }
 
-// Whether it was one of the block. `held` is whether some warps have not run up to it yet.
-inline bool open_barriers(int threads, bool held) {
+inline bool is_under_way(const Fiber& f) { return !f.done && f.wait == Wait::kNone; }
+
+// Lets a warp go on whose threads have met.
+inline void open_warp(int first, int threads) {
   State& s = state();
-  bool opened = false;
-  for (int first = 0; first < threads; first += kWarp) {
-    const int end = std::min(first + kWarp, threads);
-    for (int i = first + 1; i < end; ++i) {
-      if (!together(s.fibers[first], s.fibers[i]))
-        fail("threads of a warp diverge at a barrier", s.fibers[first], s.fibers[i]);
-    }
-    if (s.fibers[first].done || s.fibers[first].wait != Wait::kWarp) continue;
-    for (int i = first; i < end; ++i) s.fibers[i].wait = Wait::kNone;
-    opened = true;
+  const int end = std::min(first + kWarp, threads);
+  for (int i = first + 1; i < end; ++i) {
+    if (!together(s.fibers[first], s.fibers[i]))
+      fail("threads of a warp diverge at a barrier", s.fibers[first], s.fibers[i]);
   }
-  if (opened || held) return false;
+  if (s.fibers[first].done || s.fibers[first].wait != Wait::kWarp) return;
+  for (int i = first; i < end; ++i) s.fibers[i].wait = Wait::kNone;
+}
+
+inline void open_block(int threads) {
+  State& s = state();
   for (int i = kWarp; i < threads; i += kWarp) {
     if (!together(s.fibers[0], s.fibers[i]))
       fail("warps diverge at __syncthreads", s.fibers[0], s.fibers[i]);
   }
   for (int i = 0; i < threads; ++i) s.fibers[i].wait = Wait::kNone;
   pass_turn();
-  return true;
 }
 
 inline void run_block(int threads, size_t dynamic_bytes) {
@@ -236,24 +240,32 @@ inline void run_block(int threads, size_t dynamic_bytes) {
     makecontext(&f.entry, enter, 0);
   }
   for (WarpMatrices& m : s.matrices) m.exchange = 0;
-  std::vector<int> order(threads);
-  std::iota(order.begin(), order.end(), 0);
-  auto draw_held = [&] { return settings.seed ? s.turns->random()() : 0u; };
-  unsigned held = draw_held();  // warps that run only when the others wait for them, one bit each
-  for (;;) {
-    if (settings.seed) std::shuffle(order.begin(), order.end(), s.turns->random());
-    bool done = true, ran = false;
-    for (int i : order) {
-      Fiber& f = s.fibers[i];
-      if (!f.done && f.wait == Wait::kNone && (held >> (i / kWarp) & 1) == 0) {
-        resume(f);
-        ran = true;
+  std::vector<int> warps((threads + kWarp - 1) / kWarp), lanes(kWarp);
+  std::iota(warps.begin(), warps.end(), 0);
+  std::iota(lanes.begin(), lanes.end(), 0);
+  for (;;) {  // from one __syncthreads to the next
+    std::mt19937& random = s.turns->random();
+    const bool in_step = !settings.seed || random() % 2 == 0;
+    if (settings.seed) std::shuffle(warps.begin(), warps.end(), random);
+    for (bool some = true; some;) {
+      some = false;
+      for (int warp : warps) {
+        const int first = warp * kWarp;
+        while (is_under_way(s.fibers[first])) {
+          some = true;
+          if (settings.seed) std::shuffle(lanes.begin(), lanes.end(), random);
+          for (int lane : lanes) {
+            if (first + lane < threads) resume(s.fibers[first + lane]);
+          }
+          open_warp(first, threads);
+          if (in_step) break;
+        }
       }
-      done = done && f.done;
     }
+    bool done = true;
+    for (int i = 0; i < threads; ++i) done = done && s.fibers[i].done;
     if (done) return;
-    if (!ran && held != 0) held = 0;
-    else if (open_barriers(threads, held != 0)) held = draw_held();
+    open_block(threads);
   }
 }
 

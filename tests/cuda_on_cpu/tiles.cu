@@ -42,6 +42,23 @@ __global__ void copies(const uint4* x, uint4* out) {
   }
   wait_for_copies<1>();
   for (int i = 0; i < 3; ++i) out[3 * threadIdx.x + i] = shared[i];
+  wait_for_copies<0>();
+}
+
+// Warps that meet often before one of them reads what another wrote first.
+__global__ void skewed(int* out, bool barrier) {
+  int* shared = reinterpret_cast<int*>(dynamic_shared);
+  const int warp = threadIdx.x / 32;
+  for (int i = 0; i < 8; ++i) __syncwarp();
+  if (warp == 1) shared[threadIdx.x % 32] = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < 8; ++i) __syncwarp();
+  if (barrier) __syncthreads();
+  if (warp == 0) out[threadIdx.x] = shared[threadIdx.x];
+}
+
+__global__ void copy_under_way(const uint4* x) {
+  copy_async(dynamic_shared, x, true);
+  commit_copies();
 }
 
 template <typename T, int kCols>
@@ -165,6 +182,12 @@ extern "C" void run_matrices(const void* x, uint32_t* out, bool transposed) {
 
 extern "C" void run_copies(const void* x, void* out) {
   launch(32, copies, static_cast<const uint4*>(x), static_cast<uint4*>(out));
+}
+
+extern "C" void run_skewed(int* out, bool barrier) { launch(64, skewed, out, barrier); }
+
+extern "C" void run_copy_under_way(const void* x) {
+  launch(1, copy_under_way, static_cast<const uint4*>(x));
 }
 
 extern "C" void run_offsets(int dtype, int cols, int* out) {
