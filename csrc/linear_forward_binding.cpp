@@ -23,7 +23,9 @@ void linear_forward(
   if (cu_seqlens.has_value()) {
     call.cu_seqlens = static_cast<const int*>(cu_seqlens->const_data_ptr());
   }
-  if (initial_state.has_value()) call.initial = float_pointer(*initial_state);
+  if (initial_state.has_value()) {
+    call.initial = static_cast<const float*>(initial_state->const_data_ptr());
+  }
   call.state = float_pointer(state);
   call.out = out.mutable_data_ptr();
   call.q_strides = strides_of(q);
