@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -36,6 +37,10 @@ DECODE = Case(
 )
 RING = Case("attention_decode", "ring", length=1, key_length=40, options={"window": (9, None)})
 STEP = Case("linear_attention_decode", "step", batch=2, length=1, g="channel", initial_state=True)
+TOKEN_STEP = dataclasses.replace(STEP, g="token")
+NORM_STEP = dataclasses.replace(
+    STEP, g=None, options={"feature_map": "elu+1", "norm": "model", "scale": 1.0}
+)
 ABSENT = [
     ("fa3", GATED),
     ("fa4", GATED),
@@ -46,6 +51,8 @@ ABSENT = [
     ("fla chunk_simple_gla", SIMPLE),
     ("fla chunk_linear_attn", Case("norm_linear_attention", "norm")),
     ("fla fused_recurrent_gla", STEP),
+    ("fla fused_recurrent_simple_gla", TOKEN_STEP),
+    ("fla fused_recurrent_linear_attn", NORM_STEP),
 ]
 
 
@@ -55,6 +62,9 @@ def _definition(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         window = options.pop("window", None)
         return attnvariants.gated_sdpa(**tensors, window=window, impl="reference")
     function = case.function.replace("linear_attention_decode", "gated_linear_attention")
+    if "feature_map" in options:
+        function = "norm_linear_attention"
+        options.pop("scale")
     return getattr(attnvariants, function)(**tensors, **options, impl="reference")
 
 
@@ -75,6 +85,8 @@ def _definition(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         ("sdpa decode", DECODE),
         ("sdpa decode", RING),
         ("plain step", STEP),
+        ("plain step", TOKEN_STEP),
+        ("plain step", NORM_STEP),
     ],
 )
 def test_peers_of_the_same_function_agree_with_the_definition(name: str, case: Case) -> None:
@@ -82,6 +94,14 @@ def test_peers_of_the_same_function_agree_with_the_definition(name: str, case: C
     assert entry.same
     tensors = case.tensors()
     found = entry.build(case, tensors, FORWARD)()
+    torch.testing.assert_close(found, _definition(case, tensors), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize("case", [DECODE, RING], ids=["gated", "ring"])
+def test_flex_attention_decodes(case: Case) -> None:
+    tensors = case.tensors()
+    found = peers.peer("flex decode").build(case, tensors, DECODING)()
     torch.testing.assert_close(found, _definition(case, tensors), rtol=1e-4, atol=1e-5)
 
 
