@@ -1,9 +1,10 @@
 """``python -m bench sanitize``: every kernel once under NVIDIA's compute-sanitizer.
 
 ``memcheck`` finds accesses out of bounds, ``racecheck`` hazards in shared memory. The calls are
-those of ``python -m bench replay``, in a process of their own for each tool and implementation, with
-PyTorch's caching allocator off: it hands out parts of large blocks, in which an access beyond a
-tensor looks right. Writes ``sanitize.json``; exits with 1 where a tool complains.
+those of ``python -m bench replay``, in a process of their own for each tool, function and
+implementation, with PyTorch's caching allocator off: it hands out parts of large blocks, in which
+an access beyond a tensor looks right. Writes ``sanitize.json``; exits with 1 where a tool
+complains.
 """
 
 from __future__ import annotations
@@ -101,14 +102,14 @@ def watch(
     prefix: Sequence[str], tool: str, function: str, impl: str, out: Path, timeout: float
 ) -> Row:
     """Makes the calls of one function, behind ``prefix``."""
-    calls = (sys.executable, "-m", "bench", "replay", "--only-calls", "--out", str(out / "calls"))
-    options = ("--functions", function, "--impls", impl)
+    calls = [sys.executable, "-m", "bench", "replay", "--only-calls", "--out", str(out / "calls")]
+    calls += ["--functions", function, "--impls", impl]
     if not prefix:
-        options += ("--device", "cpu", "--dtypes", "float32")
+        calls += ["--device", "cpu", "--dtypes", "float32"]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(
-            [*prefix, *calls, *options],
+            [*prefix, *calls],
             env=environment,
             capture_output=True,
             text=True,
