@@ -22,6 +22,7 @@ COMMANDS = {
     "replay": "compare CUDA graphs and side streams with plain calls",
     "sanitize": "watch every kernel with compute-sanitizer",
     "tune": "find tile sizes for one kernel: prune without a GPU, time on one",
+    "gpu": "all that takes a GPU, in one time box; resumes; --dry-run on a CPU",
     "logits": "train small language models and record how their logits grow",
     "report": "tables, plots and one HTML page from the results in a folder",
 }
