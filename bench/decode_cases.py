@@ -87,19 +87,23 @@ def decode_cases(device: str, *, quick: bool = False) -> list[Entry]:
         *[linear_decode(b, 8, 64, 128) for b in batches],
         *[linear_decode(b, 8, 64, 128, None) for b in batches],
     ]
-    if quick:  # compiling takes longer than all of them
-        cases = [(case, tuple(p for p in peers if p != "flex decode")) for case, peers in cases]
-    return cases
+    return _without_compiling(cases) if quick else cases
+
+
+def _without_compiling(cases: list[Entry]) -> list[Entry]:
+    """Compiling a peer for a CPU takes longer than timing a small case."""
+    return [(case, tuple(p for p in peers if p != "flex decode")) for case, peers in cases]
 
 
 def tiny_decode_cases() -> list[Entry]:
     """Every kind of step, as small as it can be."""
-    return [
+    cases = [
         softmax_decode(1, 16, 2, 16),
         softmax_decode(2, 16, 4, 16, kv_heads=2, gate="elementwise"),
         softmax_decode(1, 16, 2, 16, global_heads=1, window=4),
         *[linear_decode(1, 2, 16, 16, g) for g in ("channel", "token", None)],
     ]
+    return _without_compiling(cases)
 
 
 def _gpu_cases() -> list[Entry]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -234,7 +235,7 @@ class Box:
         variables.pop("TRITON_INTERPRET", None)
         if self.dry and not section.compiles:
             variables["TRITON_INTERPRET"] = "1"
-        return run_process(command, folder, limit, variables)
+        return run_process([sys.executable, "-m", "bench", *command], folder, limit, variables)
 
     # --- state -----------------------------------------------------------------------------------
 

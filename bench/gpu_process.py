@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ class Outcome:
 def run_process(
     command: Sequence[str], folder: Path, limit: float, variables: Mapping[str, str]
 ) -> Outcome:
-    """Runs ``python -m bench COMMAND``, with its output in ``folder``.
+    """Runs a command in the checkout, with its output in ``folder``.
 
     ``limit`` includes the grace in which an interrupted process may end by itself. The process and
     all that it starts are one group, so that nothing of it stays on the device.
@@ -37,10 +36,10 @@ def run_process(
     folder.mkdir(parents=True, exist_ok=True)
     before = _results(folder)
     with (folder / OUTPUT).open("a", encoding="utf-8") as output:
-        output.write(f"\n$ python -m bench {' '.join(command)}\n")
+        output.write(f"\n$ {' '.join(command)}\n")
         output.flush()
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench", *command],
+            command,
             cwd=_ROOT,
             env={**variables, "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
@@ -63,9 +62,10 @@ def run_process(
 
 
 def last_line(path: Path) -> str:
-    """The last line of a file that is not empty."""
+    """The last line of a file that says how a command went."""
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("written: ")]
     return lines[-1] if lines else ""
 
 

@@ -110,7 +110,7 @@ _DRY_PRUNING = (
 )
 _DRY_TUNING = (
     *("tune", *_DRY, "--archs", "90", "--pruned", "{root}/tune-_attend_parts-K128/tune.json"),
-    *("--length", "32", "--heads", "4", "--out", "{folder}"),
+    *("--length", "32", "--heads", "4", "--rounds", "2", "--out", "{folder}"),
 )
 
 

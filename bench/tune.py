@@ -45,7 +45,6 @@ SPACE: dict[str, tuple[int, ...]] = {
     "warps": (4, 8),
     "stages": (1, 2, 3),
 }
-ROUNDS = 7
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile (default: 1)")
     parser.add_argument("--length", type=int, default=4096, help="of the timed sequences")
     parser.add_argument("--heads", type=int, default=16, help="of the timed calls")
+    parser.add_argument("--rounds", type=int, default=7, help="of the timing (default: 7)")
     for name, values in SPACE.items():
         text = " ".join(map(str, values))
         parser.add_argument(f"--{name}", nargs="+", type=int, help=f"candidates; default: {text}")
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         larger = [enlarge(case, args.length, args.heads) for case in cases]
         dtype = [DTYPES[args.dtype]]
         anchors.append(timing.measure_anchors("start", device, dtype))
-        measure(args.kernel, larger, survivors, console, device)
+        measure(args.kernel, larger, survivors, console, device, args.rounds)
         anchors.append(timing.measure_anchors("end", device, dtype))
     for arch in archs:
         show(console, args.kernel, [result for result in results if result.arch == arch])
@@ -183,6 +183,7 @@ def measure(
     survivors: Sequence[Result],
     console: Console,
     device: torch.device,
+    rounds: int = 7,
 ) -> None:
     """Compares and times the survivors, interleaved; fills in the results."""
     current = next((result for result in survivors if result.current), None)
@@ -199,7 +200,7 @@ def measure(
                 result.problem = result.problem or _wrong(kernel, result, calls, expected)
                 if not result.problem:
                     ready.append(_contender(kernel, result, calls))
-            timings, failures = timing.interleave(ready, stopwatch, rounds=ROUNDS, budget=60.0)
+            timings, failures = timing.interleave(ready, stopwatch, rounds=rounds, budget=60.0)
             for result in survivors:
                 name = str(result.candidate)
                 result.problem = result.problem or failures.get(name, "")
