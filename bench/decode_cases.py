@@ -98,7 +98,6 @@ def _without_compiling(cases: list[Entry]) -> list[Entry]:
 def tiny_decode_cases() -> list[Entry]:
     """Every kind of step, as small as it can be."""
     cases = [
-        softmax_decode(1, 16, 2, 16),
         softmax_decode(2, 16, 4, 16, kv_heads=2, gate="elementwise"),
         softmax_decode(1, 16, 2, 16, global_heads=1, window=4),
         *[linear_decode(1, 2, 16, 16, g) for g in ("channel", "token", None)],

@@ -103,14 +103,14 @@ def _speed(name: str, weight: float, *modes: str, functions: Sequence[str] = ())
     return Section(f"speed-{name}", command, dry, weight=weight, resumes=True)
 
 
-_DRY = ("--kernel", "_attend_parts", "--dtype", "float32", "--case", "K=64 eight tokens")
+_DRY = ("--kernel", "_attend_parts", "--dtype", "float32", "--case", "K=128 one token")
 _DRY_PRUNING = (
     *("tune", *_DRY, "--prune-only", "--archs", "90", "--out", "{folder}"),
     *("--BT", "16", "--BS", "32", "--warps", "8", "--stages", "1"),
 )
 _DRY_TUNING = (
     *("tune", *_DRY, "--archs", "90", "--pruned", "{root}/tune-_attend_parts-K128/tune.json"),
-    *("--length", "32", "--heads", "4", "--rounds", "2", "--out", "{folder}"),
+    *("--length", "32", "--heads", "2", "--rounds", "2", "--out", "{folder}"),
 )
 
 

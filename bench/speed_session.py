@@ -17,7 +17,7 @@ from rich.console import Console
 
 from attnvariants._select import IMPLEMENTATIONS, interpreting
 from bench import timing
-from bench.cases import Case
+from bench.cases import DECODING, Case
 from bench.console import progress
 from bench.contenders import (
     MOST_SETS,
@@ -125,7 +125,8 @@ class Session:
                 self.write()
                 if any(timing.lost(row.reason) for row in found):
                     raise BenchError(f"a kernel broke the device in {_label(job)}: --resume")
-                time.sleep(self.protocol.rest_s)
+                if mode != DECODING:  # which is not limited by power
+                    time.sleep(self.protocol.rest_s)
             step("anchors, end")
             self.anchors.append(timing.measure_anchors("end", self.device, dtypes))
         self.write()
