@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bench import readme
 from bench.document import Bullets, to_markdown
 from bench.errors import BenchError
 from bench.gather import part, study_folder
@@ -36,10 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="also save the figure of loss and max logit against the learning rate here",
     )
+    parser.add_argument(
+        "--readme",
+        metavar="FILE",
+        nargs="?",
+        type=Path,
+        const=Path("README.md"),
+        help="only rewrite the blocks of this file that come from results (default: %(const)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the report and prints its headlines."""
+    """Writes the report and prints its headlines; with ``--readme`` rewrites its blocks instead."""
+    if args.readme:
+        kinds = readme.rewrite(args.readme)
+        print(f"rewritten: {', '.join(kinds)} in {args.readme}")
+        return 0
     from bench import html, plot_style  # matplotlib: not needed by the other commands
     from bench.sections import build
 
