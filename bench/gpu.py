@@ -223,7 +223,7 @@ class Box:
         names = {
             "root": str(self.root),
             "folder": str(self.root / section.name),
-            "jobs": str(min(8, max(2, self.environment["cores"] - 2))),
+            "jobs": str(min(14, max(2, self.environment["cores"] - 2))),
         }
         parts = section.dry if self.dry else section.command
         return [part.format(**names) for part in parts]

@@ -52,9 +52,9 @@ def sections() -> list[Section]:
         ),
         Section(
             "sanitize",
-            ("sanitize", "--timeout", "120", "--out", "{folder}"),
+            ("sanitize", "--resume", "--timeout", "120", "--out", "{folder}"),
             (
-                *("sanitize", "--without-tool", "--impls", "triton"),
+                *("sanitize", "--resume", "--without-tool", "--impls", "triton"),
                 *("--functions", "linear_attention_decode", "--out", "{folder}"),
             ),
             weight=6,
@@ -64,11 +64,11 @@ def sections() -> list[Section]:
         _speed("linear", 12, *_BOTH, functions=("gated_linear_attention", "norm_linear_attention")),
         _speed("sweep", 4, *_BOTH),
         _anchors("middle"),
-        _tune("_attend_parts", "K=128 one token", dry=_DRY_PRUNING),
-        _tune("softmax_forward", "K=128 no gate", dry=_DRY_TUNING),
-        _tune("softmax_backward_dq", "K=128 no gate"),
-        _tune("softmax_backward_dkdv", "K=128 no gate"),
-        _tune("softmax_forward", "K=64 no gate"),
+        _tune("_attend_parts", "K=128 one token", ("16", "32"), dry=_DRY_PRUNING),
+        _tune("softmax_forward", "K=128 no gate", ("64", "128"), dry=_DRY_TUNING),
+        _tune("softmax_backward_dq", "K=128 no gate", ("32", "64", "128")),
+        _tune("softmax_backward_dkdv", "K=128 no gate", ("32", "64", "128")),
+        _tune("softmax_forward", "K=64 no gate", ("64", "128")),
         _study("ls", 15, "mhsa", "ls"),
         _study("sweep", 12, "mhsa", "gla"),
         _anchors("end"),
@@ -114,8 +114,12 @@ _DRY_TUNING = (
 )
 
 
-def _tune(kernel: str, case: str, dry: tuple[str, ...] = ()) -> Section:
-    command = ("tune", "--kernel", kernel, "--case", case, "--jobs", "{jobs}", "--out", "{folder}")
+def _tune(kernel: str, case: str, rows: tuple[str, ...], dry: tuple[str, ...] = ()) -> Section:
+    """Fewer candidates than ``bench tune`` has by default: compiling them takes the time."""
+    command = (
+        *("tune", "--kernel", kernel, "--case", case, "--jobs", "{jobs}", "--out", "{folder}"),
+        *("--BT", *rows, "--BS", "32", "64", "128", "--stages", "2", "3"),
+    )
     size = case.split()[0].replace("=", "")
     return Section(f"tune-{kernel}-{size}", command, dry, weight=3, compiles="--prune-only" in dry)
 

@@ -24,6 +24,7 @@ from attnvariants._select import FUNCTIONS
 from bench.console import make_console, progress
 from bench.environment import describe, one_line
 from bench.records import write_json
+from bench.strict_json import read_json
 
 SANITIZER = "compute-sanitizer"
 TOOLS = ("memcheck", "racecheck")
@@ -53,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without-tool", action="store_true", help="only make the calls: to try the command out"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what was watched here at this commit"
+    )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for each process")
     parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder for results")
 
@@ -76,14 +80,16 @@ def run(args: argparse.Namespace) -> int:
         for function in args.functions or FUNCTIONS
         if available[function][impl].usable
     ]
-    rows: list[Row] = []
+    rows = _earlier(path, environment["commit"]) if args.resume else []
+    watched = {(row.tool, row.function, row.impl) for row in rows}
     with progress(console, len(jobs)) as step:
         for tool, function, impl in jobs:
             step(f"{tool}: {function} {impl}")
-            prefix = () if args.without_tool else command(tool)
-            rows.append(watch(prefix, tool, function, impl, args.out, args.timeout))
+            if (tool, function, impl) not in watched:
+                prefix = () if args.without_tool else command(tool)
+                rows.append(watch(prefix, tool, function, impl, args.out, args.timeout))
             ok = all(row.ok for row in rows)
-            complete = len(rows) == len(jobs)
+            complete = (tool, function, impl) == jobs[-1]
             write_json(path, {**found, "complete": complete, "ok": ok, "rows": rows})
     for row in rows:
         style = None if row.ok else "red"
@@ -91,6 +97,15 @@ def run(args: argparse.Namespace) -> int:
         console.print(text, style=style, markup=False, soft_wrap=True)
     console.print(f"written: {path}", markup=False)
     return 0 if all(row.ok for row in rows) else 1
+
+
+def _earlier(path: Path, commit: str | None) -> list[Row]:
+    """What an earlier call has watched at this commit."""
+    if not path.exists():
+        return []
+    content = read_json(path)
+    same = commit is not None and content["environment"]["commit"] == commit
+    return [Row(**row) for row in content["rows"]] if same else []
 
 
 def command(tool: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import torch
 import attnvariants
 from attnvariants._select import FUNCTIONS, Availability
 from bench import anchors, replay, replay_cases, sanitize, timing
+from bench.environment import describe
 from bench.errors import BenchError
 from bench.records import read_json
 from bench.replay_cases import CASES, Call
@@ -163,6 +164,14 @@ def test_the_tool_watches_the_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     content = read_json(tmp_path / "sanitize.json")
     assert content["complete"]
     assert [row["ok"] for row in content["rows"]] == [True, False]
+
+    functions = ("--functions", "attention_decode", "linear_attention_decode", "--impls", "cuda")
+    assert _run(sanitize, tmp_path, *functions, "--resume") == 1
+    assert len((tmp_path / "asked").read_text().splitlines()) == 4  # two were there
+    assert len(read_json(tmp_path / "sanitize.json")["rows"]) == 4
+    monkeypatch.setattr(sanitize, "describe", lambda: describe() | {"commit": "another"})
+    assert _run(sanitize, tmp_path, *functions, "--resume") == 1
+    assert len((tmp_path / "asked").read_text().splitlines()) == 8
 
 
 def test_without_the_tool_nothing_runs(
