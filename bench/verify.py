@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: all")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="a few cases per function")
+    parser.add_argument(
+        "--wide", action="store_true", help="head dims of 64 to 256 too (default: on a GPU only)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder for results")
 
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         write_json(path, content)
 
     rows, not_run = verify(
-        verify_cases(args.functions, quick=args.quick),
+        verify_cases(args.functions, quick=args.quick, wide=args.wide or device.type == "cuda"),
         args.impls or IMPLEMENTATIONS,
         args.dtypes or list(DTYPES),
         device,

@@ -249,3 +249,19 @@ def test_worker_processes_check_as_this_one_does(tmp_path: Path) -> None:
     _run(tmp_path / "two", *options, "--jobs", "2")
     one, two = (read_json(tmp_path / name / "verify.json") for name in ("one", "two"))
     assert one["rows"] == two["rows"]
+
+
+def test_wide_cases_reach_every_function_at_every_head_dim() -> None:
+    added = [case for case in verify_cases(wide=True) if case not in verify_cases()]
+    for dim in (64, 96, 128, 256):
+        functions = {case.function for case in added if case.key_dim == dim}
+        assert functions == set(FUNCTIONS)
+    assert not [case for case in verify_cases(quick=True, wide=True) if case in added]
+
+
+@pytest.mark.parametrize("function", ["attention_decode", "diag_attention"])
+def test_wide_cases_are_within_their_budget(function: str, tmp_path: Path) -> None:
+    options = ("--functions", function, "--impls", "eager", "--dtypes", "bfloat16", "--wide")
+    assert _run(tmp_path, *options) == 0
+    names = {row["case"] for row in read_json(tmp_path / "verify.json")["rows"]}
+    assert any("D=256" in name for name in names)
