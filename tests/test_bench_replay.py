@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -196,3 +197,45 @@ def test_moments_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert _run(anchors, tmp_path, "--device", "cpu", "--moment", moment) == 0
     measured = read_json(tmp_path / "anchors.json")["measured"]
     assert [entry["moment"] for entry in measured] == ["start", "end"]
+
+
+# --- what a CPU can try of a GPU's part -----------------------------------------------------------
+
+
+def test_a_call_is_captured_behind_two_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph's part in ``_record``, with stand-ins for streams and graphs."""
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            assert device.type == "cuda"
+
+        def wait_stream(self, other: object) -> None:
+            log.append("wait")
+
+    @contextlib.contextmanager
+    def entered(name: str) -> Iterator[None]:
+        log.append(f"{name} {{")
+        yield
+        log.append("}")
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    def run() -> list[torch.Tensor]:
+        log.append("run")
+        return [torch.zeros(1)]
+
+    main = Stream(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered("stream"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: entered("capture"))
+    call = Call(run, lambda: log.append("reset"), {}, [])
+    outputs, again = replay._record(call, torch.device("cuda"))
+    assert torch.equal(outputs[0], torch.zeros(1))
+    again()
+    warm = ["reset", "wait", "stream {", "run", "run", "}", "wait"]
+    assert log == [*warm, "capture {", "run", "}", "replay"]
