@@ -160,6 +160,8 @@ class Box:
         for section in plan:
             record = self.records.get(section.name, Record(section.name, "not started"))
             note = "" if record.state == FINISHED else record.message
+            if record.commit and record.commit != self.environment["commit"]:
+                note = "; ".join(filter(None, (f"at commit {record.commit[:10]}", note)))
             if record.drift > MOST_DRIFT:
                 moved = f"anchors drifted by {100 * record.drift:.0f} %: trust ratios only"
                 note = f"{moved}; {note}" if note else moved

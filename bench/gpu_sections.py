@@ -42,13 +42,13 @@ def sections() -> list[Section]:
         ),
         Section(
             "replay",
-            ("replay", "--out", "{folder}"),
+            ("replay", "--large", "--out", "{folder}"),
             (
                 *("replay", "--device", "cpu", "--dtypes", "float32", "--impls", "eager"),
                 *("--functions", "diag_attention", "linear_attention_decode"),
-                *("--out", "{folder}"),
+                *("--large", "2000", "--out", "{folder}"),
             ),
-            weight=4,
+            weight=5,
         ),
         Section(
             "sanitize",

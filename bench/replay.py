@@ -1,5 +1,7 @@
 """``python -m bench replay``: CUDA graphs and side streams give what plain calls give, bit for bit.
 
+With ``--large`` also the last row of a batch with more than 2^31 elements is what it is alone.
+
 Every call is made on the default stream, then on another one, then on two at a time, and captured
 in a CUDA graph that is replayed, also after its inputs have changed; decode steps carry on from
 step to step. Writes ``replay.json``; exits with 1 where anything differs.
@@ -29,9 +31,11 @@ from bench.environment import describe, one_line
 from bench.errors import BenchError
 from bench.records import write_json
 from bench.replay_cases import CASES, Call, Outputs, make_call, small
+from bench.replay_large import ELEMENTS, difference_of_last_row
 from bench.timing import lost, reason
 from bench.verify import DTYPES, pick_device
 
+LARGE, NO_ROOM = "last row of a large batch", "not checked"
 STEPS = 3  # replays of a graph, one behind the other
 
 
@@ -58,6 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument(
+        "--large",
+        metavar="ELEMENTS",
+        nargs="?",
+        type=int,
+        const=ELEMENTS,
+        help="also a batch with tensors of so many elements (default: %(const)s; takes 50 GB)",
+    )
+    parser.add_argument(
         "--only-calls", action="store_true", help="only make every call once: for a sanitizer"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder for results")
@@ -82,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
             labels = (case.function, case.name, mode, impl, dtype)
             found = _check(case, mode, impl, DTYPES[dtype], device, only_call=args.only_calls)
             rows += [Row(*labels, check, not why, why) for check, why in found]
+            if args.large and (mode == TRAINING or case.function in DECODE):
+                why = _large(case, impl, DTYPES[dtype], device, args.large)
+                rows.append(Row(*labels, LARGE, why.startswith(NO_ROOM) or not why, why))
             write_json(path, _content(environment, device, rows, complete=False))
             if any(lost(row.reason) for row in rows):
                 break
@@ -128,6 +143,19 @@ def _show(
     verdict = f"{len(failed)} of {len(rows)} checks FAILED" if failed else "all passed"
     note = "" if device.type == "cuda" else "; a CPU has no streams and no graphs"
     console.print(f"{len(rows)} checks on {device}: {verdict}{note}", markup=False)
+
+
+def _large(case: Case, impl: str, dtype: torch.dtype, device: torch.device, elements: int) -> str:
+    try:
+        why = difference_of_last_row(case, impl, dtype, device, elements)
+        _synchronize(device)
+    except torch.OutOfMemoryError as error:
+        why = f"{NO_ROOM}: {reason(error)}"
+    except Exception as error:
+        why = reason(error)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return why
 
 
 # --- checking ------------------------------------------------------------------------------------

@@ -72,6 +72,11 @@ CASES = (
 Outputs = list[Tensor]
 
 
+def room(case: Case) -> int:
+    """Tokens that the cache of a decode step takes."""
+    return case.keys - case.length + ROOM * case.length
+
+
 def small(case: Case) -> Case:
     """The case at a size that Triton's interpreter is done with in seconds."""
     length = case.length if case.function in DECODE else 20
@@ -126,7 +131,7 @@ def _decode(case: Case, tensors: Mapping[str, Tensor], impl: str) -> Call:
     inputs |= {name: tensors[name][:, cached:].clone() for name in "kv"}
     cache = attnvariants.KVCache(
         case.batch,
-        cached + ROOM * case.length,
+        room(case),
         *(case.key_heads, case.key_dim, case.values),
         window=options.pop("window", None),
         dtype=tensors["k"].dtype,

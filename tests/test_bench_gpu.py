@@ -142,6 +142,18 @@ def test_a_later_call_runs_what_is_not_finished(
     assert len(fake.limits) == 5
 
 
+def test_results_of_another_commit_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake(tmp_path)
+    monkeypatch.setitem(ENVIRONMENT, "commit", "a" * 40)
+    fake.run()
+    assert "at commit" not in capsys.readouterr().out
+    monkeypatch.setitem(ENVIRONMENT, "commit", "b" * 40)
+    fake.run()
+    assert capsys.readouterr().out.count("at commit aaaaaaaaaa") == 3  # anchors ran again
+
+
 def test_fresh_results_do_not_mix_with_old_ones(tmp_path: Path) -> None:
     fake = Fake(tmp_path)
     fake.run()

@@ -117,6 +117,36 @@ def test_small_cases_keep_their_features() -> None:
         assert max(small.length, small.key_dim, small.values) <= 20
 
 
+def test_the_last_row_of_a_large_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, rows = _replay(tmp_path, "--large", "5000")
+    large = [row for row in rows if row["check"] == replay.LARGE]
+    assert code == 0
+    assert len(large) == len(CASES)
+
+    right, sizes = attnvariants.diag_attention, []
+
+    def overflows(q: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(q.numel())
+        out = right(q, *arguments, **options)
+        return out if q.numel() <= 5000 else out * 1.01
+
+    monkeypatch.setattr(attnvariants, "diag_attention", overflows)
+    code, rows = _replay(tmp_path, "--functions", "diag_attention", "--large", "5000")
+    assert code == 1
+    assert max(sizes) > 5000
+    failed = [row for row in rows if not row["ok"]]
+    assert {row["check"] for row in failed} == {replay.LARGE}
+    assert "output 0 differs from that of the row alone by 1.0e-02" in failed[0]["reason"]
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(replay, "difference_of_last_row", full)
+    code, rows = _replay(tmp_path, "--functions", "diag_attention", "--large", "5000")
+    assert code == 0
+    assert "not checked: OutOfMemoryError" in [row["reason"] for row in rows][-1]
+
+
 # --- the sanitizer -------------------------------------------------------------------------------
 
 CLEAN = "calls\n========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
