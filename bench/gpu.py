@@ -147,7 +147,8 @@ class Box:
             if limit < SHORTEST:
                 self._say(f"{section.name}: no time left")
                 continue
-            self.marks.append((section.name, self._moments() - first))
+            if section.timed:
+                self.marks.append((section.name, self._moments() - first))
             self._run_section(section, limit, fresh=fresh)
         self._judge_drift(first)
         self._write()

@@ -23,6 +23,7 @@ class Section:
     least: float = 0.0  # seconds that are kept for it whatever the others take
     always: bool = False  # runs in every call, finished or not
     resumes: bool = False  # goes on where it has ended early: called again while there is time
+    timed: bool = False  # its results are times, which mean little where the machine drifts
     compiles: bool = False  # in a dry run too, where the others use Triton's interpreter
 
 
@@ -100,7 +101,7 @@ def _speed(name: str, weight: float, *modes: str, functions: Sequence[str] = ())
     command = ("speed", "--resume", "--modes", *modes, *named, *sweep, "--out", "{folder}")
     impls = ("triton", "eager") if name == "decode" else ("eager",)
     dry = (*command, "--tiny", "--rounds", "2", "--device", "cpu", "--impls", *impls)
-    return Section(f"speed-{name}", command, dry, weight=weight, resumes=True)
+    return Section(f"speed-{name}", command, dry, weight=weight, resumes=True, timed=True)
 
 
 _DRY = ("--kernel", "_attend_parts", "--dtype", "float32", "--case", "K=128 one token")
@@ -121,7 +122,9 @@ def _tune(kernel: str, case: str, rows: tuple[str, ...], dry: tuple[str, ...] = 
         *("--BT", *rows, "--BS", "32", "64", "128", "--stages", "2", "3"),
     )
     size = case.split()[0].replace("=", "")
-    return Section(f"tune-{kernel}-{size}", command, dry, weight=3, compiles="--prune-only" in dry)
+    return Section(
+        f"tune-{kernel}-{size}", command, dry, weight=3, timed=True, compiles="--prune-only" in dry
+    )
 
 
 def _study(name: str, weight: float, *dry_mixers: str) -> Section:
@@ -135,7 +138,8 @@ def _study(name: str, weight: float, *dry_mixers: str) -> Section:
         *("--eval-every", "2", "--probe-sequences", "1", "--eval-sequences", "1"),
         *("--overhead-pairs", "0"),
     )
-    return Section(f"logits-{name}", (*command, "--workers", "3"), dry, weight=weight)
+    full = (*command, "--workers", "3")
+    return Section(f"logits-{name}", full, dry, weight=weight, timed=True)
 
 
 def _report(name: str, folder: str) -> Section:

@@ -25,8 +25,8 @@ ANCHORS = Section("anchors", (), ("anchors",), least=30, always=True)
 PLAN = [
     ANCHORS,
     Section("verify", ("verify",), ("verify",), weight=1),
-    Section("speed", ("speed",), ("speed",), weight=2, resumes=True),
-    Section("study", ("study",), ("study",), weight=1),
+    Section("speed", ("speed",), ("speed",), weight=2, resumes=True, timed=True),
+    Section("study", ("study",), ("study",), weight=1, timed=True),
     ANCHORS,
 ]
 
@@ -192,7 +192,8 @@ def test_sections_between_anchors_that_differ_are_marked(
     fake.copy = [1.0, 1.02]
     write_json(tmp_path / "speed" / "speed.json", {"anchors": {"measured": [], "drift": 0.08}})
     box = fake.run()
-    assert box.records["verify"].drift == pytest.approx(0.02)
+    assert box.records["verify"].drift == 0.0  # shows no times
+    assert box.records["study"].drift == pytest.approx(0.02)
     assert box.records["speed"].drift == pytest.approx(0.08)
     text = capsys.readouterr().out
     assert text.count("anchors drifted by") == 1
