@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import attnvariants
 from attnvariants._select import FUNCTIONS
@@ -121,6 +123,44 @@ def test_packages_that_are_absent_say_how_to_get_them(
     with pytest.raises(Missing, match=r"^not installed: ") as caught:
         peers.peer(name).build(case, case.tensors(), FORWARD)
     assert "\n" not in str(caught.value)
+
+
+def _recurrence(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """What fla's fused_recurrent functions compute, called as they are."""
+    assert options["output_final_state"]
+    state = options["initial_state"]
+    decay = torch.ones(()) if g is None else g.exp()[:, 0]
+    while 0 < decay.dim() < state.dim():
+        decay = decay[..., None]
+    new = decay * state + k[:, 0, :, :, None] * v[:, 0, :, None]
+    scale = options["scale"] or q.shape[-1] ** -0.5
+    return scale * torch.einsum("bhk,bhkv->bhv", q[:, 0], new)[:, None], new
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "case"),
+    [
+        ("fla fused_recurrent_gla", "fused_recurrent_gla", STEP),
+        ("fla fused_recurrent_simple_gla", "fused_recurrent_simple_gla", TOKEN_STEP),
+        ("fla fused_recurrent_linear_attn", "fused_recurrent_linear_attn", NORM_STEP),
+    ],
+)
+def test_fla_is_asked_for_the_same_step(
+    name: str, function: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the package, which needs a GPU."""
+
+    def stand_in(module: str, install: str, wanted: str, inputs: object) -> Any:
+        assert (module.split(".")[0], wanted) == ("fla", function)
+        return _recurrence
+
+    monkeypatch.setattr(package_peers, "_from", stand_in)
+    tensors = case.tensors()
+    call = peers.peer(name).build(case, tensors, DECODING)
+    torch.testing.assert_close(call(), _definition(case, tensors), rtol=1e-4, atol=1e-5)
+    assert torch.equal(call(), call())  # always from the same state
 
 
 @pytest.mark.parametrize(

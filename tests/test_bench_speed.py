@@ -285,6 +285,19 @@ def test_decode_steps_are_shown_in_microseconds(
         assert text.count(name) == 2
 
 
+def test_decode_cases_fit_a_gpu_of_80_gb() -> None:
+    """Inputs, and a cache for each contender: three of ours and the peers; and two in float32."""
+    for entry in speed_cases("cuda"):
+        case = entry.case
+        if case.function == "attention_decode":
+            full = 2 * 2 * case.batch * case.keys * case.key_heads * case.key_dim
+            rotated = max(full, 3 * 60 * 2**20)
+            assert full + rotated * (3 + len(entry.peers)) + 4 * full < 70e9, case.name
+    batches = {entry.case.batch for entry in speed_cases("cuda") if entry.modes == (DECODING,)}
+    assert {1, 8, 64, 128, 256} <= batches
+    assert max(entry.case.keys for entry in speed_cases("cuda") if entry.case.steps) == 65537
+
+
 def test_tiny_cases_cover_every_function() -> None:
     cases = speed_cases("cuda", tiny=True)
     assert {entry.case.function for entry in cases} == set(FUNCTIONS)
