@@ -8,11 +8,13 @@ finished and goes on with the others. ``run.json`` says what each section has co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -99,8 +101,23 @@ def run(args: argparse.Namespace) -> int:
     seconds = 60 * (args.minutes or 60.0)
     plan = gpu_sections.chosen(args.sections, dry=args.dry_run)
     box = Box(root.resolve(), environment, console, dry=args.dry_run)
-    box.run(plan, seconds, fresh=args.fresh)
+    with _terminated_as_interrupted():
+        box.run(plan, seconds, fresh=args.fresh)
     return box.summarise(plan)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """A polite end from outside also ends the section that runs, and is written down."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def folder_name(device: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 OUTPUT = "output.txt"
 CUT_OFF = -1000  # no exit code: the limit came first
 GRACE = 15.0  # seconds to write what there is, before the process is killed
+_LIBC = ctypes.CDLL(None)  # loaded before any process is forked
+_PR_SET_PDEATHSIG = 1
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -46,6 +49,7 @@ def run_process(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
         grace = min(GRACE, limit / 4)
         try:
@@ -59,6 +63,12 @@ def run_process(
             _signal(process, signal.SIGKILL)
             process.wait()
     return Outcome(code, last_line(folder / OUTPUT), _results(folder) != before)
+
+
+def _end_with_parent() -> None:
+    """Linux kills this process when the one that started it is gone, however that ended."""
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def last_line(path: Path) -> str:

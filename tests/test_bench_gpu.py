@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -240,12 +242,37 @@ def test_nothing_of_a_process_outlives_its_limit(tmp_path: Path) -> None:
     )
     found = _process(tmp_path, code, 6)
     assert found.code == CUT_OFF
-    status = Path(f"/proc/{found.message}/stat")
-    for _ in range(100):  # until the system has cleared it away
+    assert _gone(found.message)
+
+
+def _gone(process: str) -> bool:
+    """Within five seconds, which the system has to clear it away."""
+    status = Path(f"/proc/{process}/stat")
+    for _ in range(100):
         if not status.exists() or status.read_text().split()[2] == "Z":
-            return
+            return True
         time.sleep(0.05)
-    raise AssertionError("the process that it started is still there")
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end it")
+def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    sleep = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); "
+    sleep += "time.sleep(60)"
+    code = (
+        "import os, pathlib, sys\n"
+        "from bench.gpu_process import run_process\n"
+        f"run_process([sys.executable, '-c', {sleep!r}], pathlib.Path({str(tmp_path)!r}), 60, "
+        "os.environ)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    for _ in range(200):
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            break
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    assert _gone((tmp_path / "pid").read_text())
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -266,6 +293,20 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         _run()
     with pytest.raises(BenchError, match="must be above 0"):
         _run("--minutes", "0")
+
+
+def test_a_terminated_run_says_what_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminated(*arguments: object) -> Outcome:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Outcome(0, "not reached")
+
+    monkeypatch.setattr(gpu, "run_process", terminated)
+    with pytest.raises(KeyboardInterrupt):
+        _run("--dry-run", "--out", str(tmp_path))
+    (entry,) = read_json(tmp_path / gpu.RUN_FILE)["sections"]
+    assert (entry["name"], entry["state"]) == ("anchors-start", "cut off")
 
 
 def test_results_are_filed_under_the_device() -> None:
