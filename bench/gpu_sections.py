@@ -33,7 +33,10 @@ def sections() -> list[Section]:
         _anchors("start"),
         Section(
             "verify",
-            ("verify", "--jobs", "{jobs}", "--out", "{folder}"),
+            (
+                *("verify", "--impls", "cuda", "triton", "eager", "--jobs", "{jobs}"),
+                *("--out", "{folder}"),
+            ),
             (
                 *("verify", "--quick", "--device", "cpu", "--dtypes", "float32", "--jobs", "2"),
                 *("--functions", "linear_attention_decode", "--impls", "triton", "eager"),

@@ -140,8 +140,25 @@ def reason(error: BaseException) -> str:
 
 
 def lost(reason: str | None) -> bool:
-    """Whether an error, as :func:`reason` says it, ends all use of the device in this process."""
-    return "CUDA error" in (reason or "") and "out of memory" not in (reason or "")
+    """Whether an error, as :func:`reason` says it, ends all use of the device in this process.
+
+    Most errors of CUDA do not: too little memory, wrong arguments, what a graph cannot capture.
+    """
+    return any(text in (reason or "") for text in _STICKY)
+
+
+_STICKY = (
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "device-side assert",
+    "unspecified launch failure",
+    "launch timed out",
+    "hardware stack error",
+    "invalid program counter",
+    "shared address space",
+    "uncorrectable ECC",
+)
 
 
 def stopwatch_for(device: torch.device) -> Stopwatch:

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     survivors = [result for result in results if not result.problem]
     anchors = []
     if survivors and not args.prune_only:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cpu" if interpreting() else "cuda")
         larger = [enlarge(case, args.length, args.heads) for case in cases]
         dtype = [DTYPES[args.dtype]]
         anchors.append(timing.measure_anchors("start", device, dtype))
@@ -119,9 +119,9 @@ def run(args: argparse.Namespace) -> int:
 def _archs(args: argparse.Namespace) -> list[int]:
     if args.prune_only:
         return args.archs or list(ARCHS)
+    if interpreting() and args.archs and len(args.archs) == 1:
+        return list(args.archs)  # tries the command out
     if not torch.cuda.is_available():
-        if args.pruned and interpreting() and args.archs and len(args.archs) == 1:
-            return list(args.archs)  # tries the command out
         raise BenchError("there is no CUDA device to time on; --prune-only needs none")
     major, minor = torch.cuda.get_device_capability()
     here = 10 * major + minor
