@@ -18,7 +18,11 @@ COMMANDS = {
     "verify": "compare every usable implementation with float64",
     "speed": "time the implementations beside their peers and the floor",
     "compile": "compile the Triton kernels for every chip, without a GPU",
+    "anchors": "measure how fast this machine copies and multiplies",
+    "replay": "compare CUDA graphs and side streams with plain calls",
+    "sanitize": "watch every kernel with compute-sanitizer",
     "tune": "find tile sizes for one kernel: prune without a GPU, time on one",
+    "gpu": "all that takes a GPU, in one time box; resumes; --dry-run on a CPU",
     "logits": "train small language models and record how their logits grow",
     "report": "tables, plots and one HTML page from the results in a folder",
 }

@@ -193,7 +193,7 @@ def diagonal(case: Case, tensors: dict[str, Tensor]) -> Calls:
 
 
 def decode(case: Case, tensors: dict[str, Tensor]) -> Calls:
-    """A step of ``attention_decode`` behind a filled cache."""
+    """A step of ``attention_decode`` behind a filled cache; "reset" undoes it."""
     kernels: Any = importlib.import_module("attnvariants.kernels.softmax_decode")
     q, k, v = (tensors[name] for name in "qkv")
     cached = case.keys - case.length
@@ -209,7 +209,10 @@ def decode(case: Case, tensors: dict[str, Tensor]) -> Calls:
         state = (cache.k, cache.v, cache.lengths, cache.capacities, cache.max_filled)
         return kernels.attend(q, *new, gate, *state, scale, activation)
 
-    return {"step": step}
+    def reset() -> None:
+        cache.lengths.fill_(cached)
+
+    return {"reset": reset, "step": step}
 
 
 def _softmax_cases() -> list[CompileCase]:

@@ -18,7 +18,7 @@ from bench.cases import DECODE, DECODING, TRAINING, Case
 from bench.speed_cases import SpeedCase
 from bench.timing import MAX_REPEATS, Contender, nothing, reason
 
-MOST_SETS = 64
+MOST_SETS = {"cpu": 64, "cuda": 512}
 _DEFAULT_CACHE = 32 * 2**20
 _CACHE_SIZES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -32,19 +32,21 @@ AGREEMENT = {
 
 
 class InputSets:
-    """Random inputs: several sets, three times as large as the cache where that is possible.
+    """Random inputs: several sets, together three times as large as the processor's cache.
 
-    A CPU gets one set where arithmetic decides the time, and several in decode steps.
+    A CPU gets one set where arithmetic decides the time. Decode steps get one set as well: what
+    they read are the caches and states that every contender fills from it, and of these each
+    contender has as many as :meth:`rotation` says.
     """
 
     def __init__(self, case: Case, mode: str, dtype: torch.dtype, device: torch.device) -> None:
         self.case, self.mode, self.device = case, mode, device
         first = case.tensors(dtype, device)
-        size = sum(tensor.nbytes for tensor in first.values())
-        rotate = device.type == "cuda" or mode == DECODING
-        self.count = min(math.ceil(3 * cache_bytes(device) / size), MOST_SETS) if rotate else 1
+        self.nbytes = sum(tensor.nbytes for tensor in first.values())
+        several = device.type == "cuda" and mode != DECODING
+        count = self.rotation(self.nbytes) if several else 1
         self.sets = [first]
-        self.sets += [case.tensors(dtype, device, seed) for seed in range(1, self.count)]
+        self.sets += [case.tensors(dtype, device, seed) for seed in range(1, count)]
         self.cotangents: list[Tensor] = []
         if mode == TRAINING:
             shape = (case.batch, case.length, case.heads, case.values)
@@ -52,6 +54,10 @@ class InputSets:
                 for tensor in tensors.values():
                     tensor.requires_grad_(tensor.is_floating_point())
                 self.cotangents.append(torch.randn(shape, device=device).to(dtype))
+
+    def rotation(self, size: int) -> int:
+        """How many sets of ``size`` bytes the processor's cache cannot keep."""
+        return min(math.ceil(3 * cache_bytes(self.device) / size), MOST_SETS[self.device.type])
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -86,27 +92,32 @@ class Candidate:
         self._inputs = inputs
         try:
             for tensors in inputs.sets:
-                built = self._build(inputs.case, tensors, inputs.mode)
-                call, reset, self.cache_bytes = (
-                    built
-                    if isinstance(built, tuple)
-                    else (
-                        built,
-                        nothing,
-                        None,
-                    )
-                )
-                self._calls.append(call)
-                self._resets.append(reset)
+                self._add(inputs, tensors)
+            if inputs.mode == DECODING:
+                for _ in range(1, inputs.rotation(self.cache_bytes or inputs.nbytes)):
+                    self._add(inputs, inputs.sets[0])
         except peers.Missing as error:
             return str(error)
         except Exception as error:
             return reason(error)
         return None
 
+    def _add(self, inputs: InputSets, tensors: dict[str, Tensor]) -> None:
+        built = self._build(inputs.case, tensors, inputs.mode)
+        call, reset, self.cache_bytes = (
+            built if isinstance(built, tuple) else (built, nothing, None)
+        )
+        self._calls.append(call)
+        self._resets.append(reset)
+
+    @property
+    def sets(self) -> int:
+        """How many sets of inputs, or of caches, the calls go through."""
+        return len(self._calls)
+
     def contender(self, name: str | None = None) -> Contender:
         """What the stopwatch takes."""
-        return Contender(name or self.name, self._run, len(self._calls), self.reset)
+        return Contender(name or self.name, self._run, self.sets, self.reset)
 
     def _run(self, index: int) -> Any:
         if self._inputs.mode != TRAINING:
@@ -218,7 +229,7 @@ def _linear_decode(
         device=start.device,
     )
     state.state.copy_(start)
-    new = {name: tensor for name, tensor in tensors.items() if name != "initial_state"}
+    new = {"g": None} | {name: x for name, x in tensors.items() if name != "initial_state"}
 
     def reset() -> None:
         state.state.copy_(start)

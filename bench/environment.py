@@ -15,6 +15,7 @@ import torch
 
 import attnvariants
 
+PEERS = ("fla-core", "flash_attn_3", "flash-attn-4")  # see bench/PEERS.md
 _ROOT = Path(__file__).resolve().parent.parent
 _GPU_FIELDS = (
     "name",
@@ -40,6 +41,7 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "numpy": _version("numpy"),
+        "peers": {package: _version(package) for package in PEERS},
         "os": platform.platform(),
         "device": "cuda" if gpu else "cpu",
         "cpu": _cpu_model(),

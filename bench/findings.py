@@ -157,15 +157,18 @@ def verify_finding(rows: Sequence[Row]) -> str:
 def speed_finding(rows: Sequence[Row]) -> str:
     """Each function next to its first peer, training mode where it was timed."""
     clauses = []
+    ours = {row["contender"] for row in rows if row["ours"]}
     for function in dict.fromkeys(row["function"] for row in rows):
         own = [
             row
             for row in rows
-            if row["function"] == function and row["ours"] and row["ratio_to"] and not row["sweep"]
+            if row["function"] == function
+            and (row["ours"] and not row["sweep"] and row["ratio_to"].keys() - ours)
         ]
         if own:
             row = next((r for r in own if r["mode"] == "forward+backward"), own[0])
-            peer, ratio = next(iter(row["ratio_to"].items()))
+            peers = ((name, r) for name, r in row["ratio_to"].items() if name not in ours)
+            peer, ratio = next(peers)
             clauses.append(f"{_code(function)} {ratio['median']:.2f} of {peer}")
     if not clauses:
         return ""

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Case
+from bench.decode_peers import features, normed
 from bench.torch_peers import Call, Inputs, Missing, gated, local_heads
 
 # --- FlashAttention ------------------------------------------------------------------------------
 
-FA3 = "flash_attn_interface", "FlashAttention-3, built from the hopper folder of flash-attention"
-FA4 = "flash_attn.cute", "pip install flash-attn-4"
+FA3 = "flash_attn_interface", "FlashAttention-3, see bench/PEERS.md"
+FA4 = "flash_attn.cute", "pip install flash-attn-4, see bench/PEERS.md"
 
 
 def flash(source: tuple[str, str], windows: bool = False) -> Callable[[Case, Inputs, str], Call]:
@@ -78,7 +79,7 @@ def fa3_decode(case: Case, inputs: Inputs, mode: str) -> Call:
 
 # --- fla -----------------------------------------------------------------------------------------
 
-_INSTALL_FLA = "pip install flash-linear-attention"
+_INSTALL_FLA = "pip install fla-core, see bench/PEERS.md"
 
 
 def chunk_gla(case: Case, inputs: Inputs, mode: str) -> Call:
@@ -106,15 +107,34 @@ def chunk_linear(case: Case, inputs: Inputs, mode: str) -> Call:
 
 
 def fused_recurrent_gla(case: Case, inputs: Inputs, mode: str) -> Call:
-    """One step of fla's recurrent kernel."""
-    step = _from("fla.ops.gla", _INSTALL_FLA, "fused_recurrent_gla", inputs)
+    """One step of fla's recurrent kernel, decay per channel."""
+    return _fused_recurrent("fla.ops.gla", "fused_recurrent_gla", case, inputs)
+
+
+def fused_recurrent_simple_gla(case: Case, inputs: Inputs, mode: str) -> Call:
+    """One step of fla's recurrent kernel, decay per token."""
+    return _fused_recurrent("fla.ops.simple_gla", "fused_recurrent_simple_gla", case, inputs)
+
+
+def fused_recurrent_linear(case: Case, inputs: Inputs, mode: str) -> Call:
+    """One step of fla's recurrent kernel without decay; feature map and norm as glue code."""
+    return _fused_recurrent("fla.ops.linear_attn", "fused_recurrent_linear_attn", case, inputs)
+
+
+def _fused_recurrent(module: str, name: str, case: Case, inputs: Inputs) -> Call:
+    """Reads the state and writes the next one to new memory: fla has no update in place.
+
+    The next call starts from the same state again, as fast as from the new one.
+    """
+    step = _from(module, _INSTALL_FLA, name, inputs)
     state = inputs["initial_state"].clone()
+    decay = [inputs["g"]] if "g" in inputs else []
+    scale = case.options.get("scale")
 
     def call() -> Tensor:
-        q, k, v, g = (inputs[name] for name in ("q", "k", "v", "g"))
-        out, new = step(q, k, v, g, initial_state=state, output_final_state=True)
-        state.copy_(new)  # fla has no update in place
-        return _first(out)
+        arguments = (*features(case, inputs), *decay)
+        out = step(*arguments, scale=scale, initial_state=state, output_final_state=True)
+        return normed(case, _first(out))
 
     return call
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch.nn.attention import SDPBackend
 
+from bench import decode_peers as decoding
 from bench import package_peers as packages
 from bench import torch_peers as pytorch
 from bench.cases import Case
@@ -58,8 +59,9 @@ _PEERS = {
         Peer("flex", True, pytorch.flex),
         Peer("token loop", True, pytorch.token_loop(unbind=False)),
         Peer("token loop, unbind", True, pytorch.token_loop(unbind=True)),
-        Peer("sdpa decode", True, pytorch.sdpa_decode),
-        Peer("plain step", True, pytorch.plain_step),
+        Peer("sdpa decode", True, decoding.sdpa_decode),
+        Peer("flex decode", True, decoding.flex_decode),
+        Peer("plain step", True, decoding.plain_step),
         Peer("fa3", True, packages.flash(packages.FA3)),
         Peer("fa4", True, packages.flash(packages.FA4)),
         Peer("fa3 two calls", True, packages.flash(packages.FA3, windows=True)),
@@ -69,5 +71,7 @@ _PEERS = {
         Peer("fla chunk_simple_gla", True, packages.chunk_simple_gla),
         Peer("fla chunk_linear_attn", True, packages.chunk_linear),
         Peer("fla fused_recurrent_gla", True, packages.fused_recurrent_gla),
+        Peer("fla fused_recurrent_simple_gla", True, packages.fused_recurrent_simple_gla),
+        Peer("fla fused_recurrent_linear_attn", True, packages.fused_recurrent_linear),
     )
 }

@@ -18,6 +18,7 @@ from bench import plot_style as style
 from bench.plot_style import NotDrawn, compact, fixed_ticks, log_axis
 
 Row = dict[str, Any]
+MOST_BARS = 60  # in one figure of ratios
 
 _LOOKS = {
     "gated_sdpa": (style.BLUE, "D"),
@@ -85,6 +86,28 @@ def _length_line(ax: Axes, name: str, rows: Sequence[Row], peers: Sequence[str])
     low, high = per_token("q20_s"), per_token("q80_s")
     ax.fill_between(lengths, low, high, color=color, alpha=0.16, linewidth=0)
     return line
+
+
+def ratio_groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each figure of ratios, by its name: one, or more where one would be too tall.
+
+    In several figures, one per function and mode, the fastest of ours stands for the others.
+    """
+    bars = [row["ratio_to"] for row in rows if row["ours"] and not row["sweep"]]
+    if sum(map(len, bars)) <= MOST_BARS:
+        return {"speed_ratios": list(rows)}
+    best: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        key = (row["case"], row["mode"], row["dtype"])
+        if row["ours"] and row["status"] == "ok" and not row["sweep"]:
+            best[key] = min(best.get(key, row), row, key=lambda one: one["median_s"])
+    ours = {row["contender"] for row in rows if row["ours"]}
+    groups: dict[str, list[Row]] = {}
+    for row in best.values():
+        name = f"speed_ratios_{row['function']}_{row['mode'].replace('+', '_')}"
+        peers = {peer: r for peer, r in row["ratio_to"].items() if peer not in ours}
+        groups.setdefault(name, []).append({**row, "ratio_to": peers})
+    return groups
 
 
 def speed_ratios(rows: Sequence[Row]) -> Figure:

@@ -8,6 +8,7 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from bench.compile import in_workers, launches, row_of
 from bench.compile_cases import CompileCase, compile_cases, table_name
 from bench.console import progress
 from bench.errors import BenchError
+from bench.strict_json import read_json
 from bench.workers import Failure
 
 
@@ -44,6 +46,25 @@ class Result:
     current: bool = False  # what the table says
     median_s: dict[str, float] = field(default_factory=dict)  # by case
     ratio: float | None = None  # to the table's entry: geometric mean over the cases
+
+
+def read_results(path: Path, kernel: str, archs: Sequence[int]) -> list[Result]:
+    """What an earlier call with ``--prune-only`` found out about a kernel on these chips.
+
+    Raises:
+        BenchError: the file is about something else.
+    """
+    content = read_json(path)
+    if content.get("kernel") != kernel:
+        raise BenchError(f"{path} is about {content.get('kernel')}, not about {kernel}")
+    found = [
+        Result(**{**entry, "candidate": Candidate(**entry["candidate"])})
+        for entry in content["results"]
+        if entry["arch"] in archs
+    ]
+    if not found:
+        raise BenchError(f"{path} has nothing about sm_{archs[0]}")
+    return found
 
 
 @dataclass(frozen=True)

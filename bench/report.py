@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
+from bench import readme
 from bench.document import Bullets, to_markdown
 from bench.errors import BenchError
+from bench.gather import part, study_folder
 from bench.metrics import summarise
 from bench.records import FOLDER, GRID_FILE, read_study
 from bench.results import Results
-from bench.strict_json import read_json
 
 PLOTS = "plots"
 STORY = "loss_and_logits"  # the one figure to show where there is room for one
@@ -37,10 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="also save the figure of loss and max logit against the learning rate here",
     )
+    parser.add_argument(
+        "--readme",
+        metavar="FILE",
+        nargs="?",
+        type=Path,
+        const=Path("README.md"),
+        help="only rewrite the blocks of this file that come from results (default: %(const)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the report and prints its headlines."""
+    """Writes the report and prints its headlines; with ``--readme`` rewrites its blocks instead."""
+    if args.readme:
+        kinds = readme.rewrite(args.readme)
+        print(f"rewritten: {', '.join(kinds)} in {args.readme}")
+        return 0
     from bench import html, plot_style  # matplotlib: not needed by the other commands
     from bench.sections import build
 
@@ -71,23 +83,15 @@ def load(directory: Path) -> Results:
     if not directory.is_dir():
         raise BenchError(f"{directory} is not a folder; give the --out folder of a benchmark run")
 
-    def part(name: str, *keys: str) -> dict[str, Any] | None:
-        path = directory / name
-        if not path.exists():
-            return None
-        content = read_json(path)
-        missing = [k for k in keys if not isinstance(content, dict) or k not in content]
-        if missing:
-            raise BenchError(f"{path} is damaged or of another version: it has no {missing[0]!r}")
-        return dict(content)
-
-    study = read_study(directory) if (directory / FOLDER / GRID_FILE).exists() else None
-    verify = part("verify.json", "environment", "rows", "not_run")
-    speed = part("speed.json", "environment", "rows")
+    place = study_folder(directory)
+    study = read_study(place) if place else None
+    verify = part(directory, "verify.json", "environment", "rows", "not_run")
+    speed = part(directory, "speed.json", "environment", "rows")
     if verify is None and speed is None and study is None:
         raise BenchError(
             f"{directory} holds no results (verify.json, speed.json, {FOLDER}/{GRID_FILE}); "
             "run python -m bench first"
         )
     summary = summarise(study) if study else None
-    return Results(directory, part("environment.json"), verify, speed, study, summary)
+    environment = part(directory, "environment.json")
+    return Results(directory, environment, verify, speed, study, summary)

@@ -142,14 +142,15 @@ def _speed(results: Results) -> Iterator[Block]:
         yield _missing(results, "No timings", "speed")
         return
     rows = results.speed["rows"]
-    yield _plot(
-        "speed_ratios",
-        lambda: plots_speed.speed_ratios(rows),
-        "Time of this package over that of its peers, timed in turns in one process: median and "
-        "range over the rounds.",
-        "Bar chart of time ratios by case and peer. The numbers are in the tables of each "
-        "function, last column.",
-    )
+    for name, own in plots_speed.ratio_groups(rows).items():
+        yield _plot(
+            name,
+            lambda own=own: plots_speed.speed_ratios(own),  # type: ignore[misc]
+            "Time of this package over that of its peers, timed in turns in one process: median "
+            "and range over the rounds.",
+            "Bar chart of time ratios by case and peer. The numbers are in the tables of each "
+            "function, last column.",
+        )
     yield _plot(
         "speed_over_length",
         lambda: plots_speed.speed_over_length(rows),

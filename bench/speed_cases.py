@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from attnvariants import ls_window
 from bench.cases import DECODING, FORWARD, TRAINING, Case
+from bench.decode_cases import decode_cases, tiny_decode_cases
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ _GLA_PEERS = ("sdpa", "fla chunk_gla")
 _SIMPLE_GLA_PEERS = ("sdpa", "fla chunk_simple_gla")
 _NORM_PEERS = ("sdpa", "fla chunk_linear_attn")
 _DIAG_PEERS = ("sdpa", "sdpa in blocks")
-_DECODE_PEERS = ("sdpa decode", "fa3 decode")
-_LINEAR_DECODE_PEERS = ("plain step", "fla fused_recurrent_gla")
 
 
 def speed_cases(
-    device: str, *, quick: bool = False, lengths: Sequence[int] | None = None
+    device: str, *, quick: bool = False, lengths: Sequence[int] | None = None, tiny: bool = False
 ) -> list[SpeedCase]:
     """The cases to time on ``device`` ("cpu" or "cuda"), the sweep over ``lengths`` last."""
+    if tiny:
+        return _tiny_cases()
     if device == "cuda":
         cases = _quick_gpu_cases() if quick else _gpu_cases()
         heads, dim, shortest, longest = 16, 128, 1024, 16384 if quick else 65536
@@ -65,7 +65,26 @@ def speed_cases(
         heads, dim, shortest, longest = 4, 64, *((1024, 4096) if quick else (2048, 32768))
     if lengths is None:
         lengths = [shortest << n for n in range((longest // shortest).bit_length())]
+    cases += _steps(decode_cases(device, quick=quick))
     return cases + _sweep(lengths, heads, dim, (FORWARD,) if quick else _BOTH)
+
+
+def _steps(entries: Sequence[tuple[Case, tuple[str, ...]]]) -> list[SpeedCase]:
+    return [SpeedCase(case, (DECODING,), peers) for case, peers in entries]
+
+
+def _tiny_cases() -> list[SpeedCase]:
+    """One of everything, so small that even Triton's interpreter is done in seconds."""
+    return [
+        SpeedCase(_gated(1, 32, 2, 16), _BOTH, ("sdpa", "sdpa + gate")),
+        SpeedCase(_local(32, 2, 1, 8, 16), _BOTH, ("sdpa", "two calls")),
+        SpeedCase(_gla(1, 32, 2, 16, 16), _BOTH, ("token loop, unbind", *_GLA_PEERS)),
+        SpeedCase(_gla(1, 32, 2, 16, 16, "token"), _BOTH, _SIMPLE_GLA_PEERS),
+        SpeedCase(_norm(1, 32, 2, 16), _BOTH, _NORM_PEERS),
+        SpeedCase(_diag(64, 2, 16), _BOTH, _DIAG_PEERS),
+        *_steps(tiny_decode_cases()),
+        *_sweep((32, 64), 2, 16, (FORWARD,)),
+    ]
 
 
 def _gated(batch: int, length: int, heads: int, dim: int) -> Case:
@@ -136,37 +155,6 @@ def _diag(length: int, heads: int, dim: int) -> Case:
     )
 
 
-def _decode(batch: int, cached: int, heads: int, dim: int, window: Any = None) -> Case:
-    kind = "full" if window is None else "ls"
-    return Case(
-        "attention_decode",
-        f"decode {kind} B{batch} T{cached} H{heads} D{dim}",
-        batch=batch,
-        length=1,
-        key_length=cached + 1,
-        heads=heads,
-        key_dim=dim,
-        gate="elementwise",
-        steps=(1,),
-        options={} if window is None else {"window": window},
-    )
-
-
-def _linear_decode(batch: int, heads: int, key_dim: int, value_dim: int) -> Case:
-    return Case(
-        "linear_attention_decode",
-        f"decode linear B{batch} H{heads} K{key_dim} V{value_dim}",
-        batch=batch,
-        length=1,
-        heads=heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        g="channel",
-        initial_state=True,
-        steps=(1,),
-    )
-
-
 _BOTH = (FORWARD, TRAINING)
 
 
@@ -181,12 +169,6 @@ def _cpu_cases() -> list[SpeedCase]:
         SpeedCase(_norm(1, 2048, 8, 64), _BOTH, _NORM_PEERS),
         SpeedCase(_norm(1, 32768, 8, 64), _BOTH, ("fla chunk_linear_attn",)),
         SpeedCase(_diag(4096, 8, 64), _BOTH, _DIAG_PEERS),
-        *[SpeedCase(_decode(b, 4096, 8, 64), (DECODING,), _DECODE_PEERS) for b in (1, 8)],
-        SpeedCase(_decode(1, 4096, 12, 64, ls_window(12, 11, 100)), (DECODING,), _DECODE_PEERS),
-        *[
-            SpeedCase(_linear_decode(b, 8, 64, 128), (DECODING,), _LINEAR_DECODE_PEERS)
-            for b in (1, 8)
-        ],
     ]
 
 
@@ -200,9 +182,6 @@ def _quick_cpu_cases() -> list[SpeedCase]:
         SpeedCase(_gla(1, 512, 4, 64, 128), _BOTH, _LOOPS + _GLA_PEERS),
         SpeedCase(_norm(1, 2048, 8, 64), _BOTH, _NORM_PEERS),
         SpeedCase(_diag(2048, 8, 64), _BOTH, _DIAG_PEERS),
-        SpeedCase(_decode(1, 4096, 8, 64), (DECODING,), _DECODE_PEERS),
-        SpeedCase(_decode(1, 4096, 12, 64, ls_window(12, 11, 100)), (DECODING,), _DECODE_PEERS),
-        SpeedCase(_linear_decode(1, 8, 64, 128), (DECODING,), _LINEAR_DECODE_PEERS),
     ]
 
 
@@ -230,19 +209,13 @@ def _gpu_cases() -> list[SpeedCase]:
         *[SpeedCase(_gla(*shape), _BOTH, _GLA_PEERS) for shape in gla],
         *[SpeedCase(_gla(b, t, h, d, d), _BOTH, _GLA_PEERS) for b, t, h, d in registry],
         *[SpeedCase(_gla(*s, "token"), _BOTH, _SIMPLE_GLA_PEERS) for s in gla],
+        *[
+            SpeedCase(_gla(b, t, h, d, d, "token"), _BOTH, _SIMPLE_GLA_PEERS)
+            for b, t, h, d in registry
+        ],
         *[SpeedCase(_norm(*shape), _BOTH, _NORM_PEERS) for shape in gla],
         *[SpeedCase(_norm(*shape), _BOTH, _NORM_PEERS) for shape in registry],
         SpeedCase(_diag(16384, 16, 128), _BOTH, _DIAG_PEERS),
-        *[SpeedCase(_decode(b, 4096, 16, 128), (DECODING,), _DECODE_PEERS) for b in (1, 8, 64)],
-        SpeedCase(_decode(1, 65536, 16, 128), (DECODING,), _DECODE_PEERS),
-        *[
-            SpeedCase(_decode(b, 4096, 16, 128, ls_window(16, 8, 512)), (DECODING,), _DECODE_PEERS)
-            for b in (1, 8, 64)
-        ],
-        *[
-            SpeedCase(_linear_decode(b, 16, 128, 128), (DECODING,), _LINEAR_DECODE_PEERS)
-            for b in (1, 8, 64, 256)
-        ],
     ]
 
 
@@ -252,8 +225,6 @@ def _quick_gpu_cases() -> list[SpeedCase]:
         SpeedCase(_local(8192, 12, 1, 100, 64), _BOTH, _LOCAL_PEERS),
         SpeedCase(_gla(8, 4096, 16, 64, 128), _BOTH, _GLA_PEERS),
         SpeedCase(_norm(8, 4096, 16, 64, 128), _BOTH, _NORM_PEERS),
-        SpeedCase(_decode(8, 4096, 16, 128), (DECODING,), _DECODE_PEERS),
-        SpeedCase(_linear_decode(8, 16, 128, 128), (DECODING,), _LINEAR_DECODE_PEERS),
     ]
 
 

@@ -8,6 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bench.cases import DECODE
+
 
 def show(console: Console, content: dict[str, Any], most_drift: float) -> None:
     """Anchors and noise, one table per function, the sweep, and what was not timed and why."""
@@ -63,6 +65,16 @@ _COLUMNS = {  # and their widths
     "peak MiB": 8,
     "ours / it": 20,
 }
+_DECODE_COLUMNS = {
+    "contender": 37,
+    "us in a graph": 13,
+    "us eager": 8,
+    "GB/s": 8,
+    "% floor": 7,
+    "cache MiB": 9,
+    "caches": 6,
+    "ours / it": 20,
+}
 _WIDE_ONLY = ("20-80 %", "GB/s")  # left out on a narrow terminal
 _WIDE = 124
 
@@ -70,16 +82,19 @@ _WIDE = 124
 def _show_function(console: Console, function: str, rows: list[Any]) -> None:
     """A block for each case and mode."""
     console.print(f"\n[bold]{function}[/bold]")
-    columns = [name for name in _COLUMNS if console.width >= _WIDE or name not in _WIDE_ONLY]
+    decode = function in DECODE
+    widths = _DECODE_COLUMNS if decode else _COLUMNS
+    narrow = console.width < _WIDE
+    columns = [name for name in widths if decode or not (narrow and name in _WIDE_ONLY)]
     keys = dict.fromkeys((row.case, row.mode, row.dtype) for row in rows if row.status == "ok")
     for key in keys:
-        table = Table(title=", ".join(key), title_justify="left", box=SIMPLE_HEAD)
+        table = Table(title=", ".join(key), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for name in columns:
             side = "left" if name == "contender" else "right"
-            table.add_column(name, justify=side, no_wrap=True, width=_COLUMNS[name])  # type: ignore[arg-type]
+            table.add_column(name, justify=side, no_wrap=True, width=widths[name])  # type: ignore[arg-type]
         for row in rows:
             if row.status == "ok" and (row.case, row.mode, row.dtype) == key:
-                cells = _cells(row, rows)
+                cells = _decode_cells(row, rows) if decode else _cells(row, rows)
                 table.add_row(*(cells[name] for name in columns))
         console.print(table)
 
@@ -94,6 +109,20 @@ def _cells(row: Any, rows: list[Any]) -> dict[str, str]:
         "GB/s": f"{row.gbytes_per_s:.3g}",
         "% floor": f"{row.percent_of_floor:.0f}",
         "peak MiB": "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
+        "ours / it": _ratio(row, rows),
+    }
+
+
+def _decode_cells(row: Any, rows: list[Any]) -> dict[str, str]:
+    graph = row.launch == "graph"
+    return {
+        "contender": f"{row.contender} (ours)" if row.ours else row.contender,
+        "us in a graph": _microseconds(row.median_s) if graph else "-",
+        "us eager": _microseconds(row.eager_s if graph else row.median_s),
+        "GB/s": f"{row.gbytes_per_s:.3g}",
+        "% floor": f"{row.percent_of_floor:.0f}",
+        "cache MiB": "-" if row.cache_bytes is None else f"{row.cache_bytes / 2**20:.3g}",
+        "caches": str(row.input_sets),
         "ours / it": _ratio(row, rows),
     }
 
@@ -148,6 +177,10 @@ def _show_missing(console: Console, rows: list[Any]) -> None:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g}" if seconds < 1 else f"{1000 * seconds:.0f}"
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:.3g}" if seconds < 1e-3 else f"{1e6 * seconds:,.0f}"
 
 
 def _large(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bench.cases import DECODE
 from bench.document import Table
 from bench.tables import ABSENT, duration, mebibytes, number
 
@@ -14,31 +15,61 @@ Row = dict[str, Any]
 def speed(rows: Sequence[Row], function: str) -> Table | None:
     """All contenders of one function, apart from the sweep over the length."""
     own = [r for r in rows if r["function"] == function and not r["sweep"] and r["status"] == "ok"]
+    columns = _DECODE_COLUMNS if function in DECODE else _COLUMNS
+    make = _decode_cells if function in DECODE else _cells
     cells = [
         (
             row["contender"] + (" (ours)" if row["ours"] else ""),
             "" if row["ours"] else _ratios(row, own),
-            f"{duration(row['median_s'])} ({duration(row['q20_s'])} to {duration(row['q80_s'])})",
-            number(row["tokens_per_s"]),
-            number(row["tflops"]),
-            number(row["gbytes_per_s"]),
-            number(row["percent_of_floor"], 0),
-            mebibytes(row["peak_bytes"]),
+            *make(row),
         )
         for row in own
     ]
-    columns = (
-        "contender",
-        "our time / its (range)",
-        "time in ms (20 to 80 %)",
-        "tokens/s",
-        "TFLOP/s",
-        "GB/s",
-        "% of floor",
-        "peak memory (MiB)",
-    )
     groups = [f"{row['case']}, {_mode(row, rows)}" for row in own]
     return Table(f"Speed of {function}", columns, cells, 1, groups=groups) if own else None
+
+
+_COLUMNS = (
+    "contender",
+    "our time / its (range)",
+    "time in ms (20 to 80 %)",
+    "tokens/s",
+    "TFLOP/s",
+    "GB/s",
+    "% of floor",
+    "peak memory (MiB)",
+)
+_DECODE_COLUMNS = (
+    "contender",
+    "our time / its (range)",
+    "microseconds in a CUDA graph",
+    "eager",
+    "GB/s",
+    "% of floor",
+    "cache (MiB)",
+)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        f"{duration(row['median_s'])} ({duration(row['q20_s'])} to {duration(row['q80_s'])})",
+        number(row["tokens_per_s"]),
+        number(row["tflops"]),
+        number(row["gbytes_per_s"]),
+        number(row["percent_of_floor"], 0),
+        mebibytes(row["peak_bytes"]),
+    )
+
+
+def _decode_cells(row: Row) -> tuple[str, ...]:
+    graph = row["launch"] == "graph"
+    return (
+        number(1e6 * row["median_s"]) if graph else ABSENT,
+        number(1e6 * (row["eager_s"] if graph else row["median_s"])),
+        number(row["gbytes_per_s"]),
+        number(row["percent_of_floor"], 0),
+        mebibytes(row["cache_bytes"]),
+    )
 
 
 def _mode(row: Row, rows: Sequence[Row]) -> str:

@@ -139,6 +139,28 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
+def lost(reason: str | None) -> bool:
+    """Whether an error, as :func:`reason` says it, ends all use of the device in this process.
+
+    Most errors of CUDA do not: too little memory, wrong arguments, what a graph cannot capture.
+    """
+    return any(text in (reason or "") for text in _STICKY)
+
+
+_STICKY = (
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "device-side assert",
+    "unspecified launch failure",
+    "launch timed out",
+    "hardware stack error",
+    "invalid program counter",
+    "shared address space",
+    "uncorrectable ECC",
+)
+
+
 def stopwatch_for(device: torch.device) -> Stopwatch:
     """The stopwatch of a device."""
     return CudaStopwatch(device) if device.type == "cuda" else CpuStopwatch()
@@ -191,8 +213,7 @@ class CudaStopwatch:
                 calls(contender.sets)
         torch.cuda.current_stream(self.device).wait_stream(side)
         eager = statistics.median(self.sample(contender))
-        count = max(GRAPH_LAUNCHES, math.ceil(GRAPH_SECONDS / max(eager, 1e-9)))
-        count = min(contender.sets * math.ceil(count / contender.sets), MAX_REPEATS)
+        count = graph_calls(contender.sets, eager)
         graph = torch.cuda.CUDAGraph()
         try:
             contender.reset()
@@ -217,6 +238,12 @@ class CudaStopwatch:
             end.synchronize()
             found.append(start.elapsed_time(end) / 1000 / launches)
         return found
+
+
+def graph_calls(sets: int, seconds: float) -> int:
+    """How many calls of ``seconds`` each a graph holds: all sets equally often."""
+    wanted = max(GRAPH_LAUNCHES, math.ceil(GRAPH_SECONDS / max(seconds, 1e-9)))
+    return sets * min(math.ceil(wanted / sets), max(1, MAX_REPEATS // sets))
 
 
 # --- anchors -------------------------------------------------------------------------------------
@@ -253,8 +280,9 @@ def measure_anchors(
 def drift(anchors: Sequence[Anchors]) -> float:
     """Largest relative difference between two moments, over all anchors."""
     series = [[a.copy_bytes_per_s for a in anchors]]
-    for dtype in anchors[0].matmul_flops_per_s:
-        series.append([a.matmul_flops_per_s[dtype] for a in anchors])
+    for dtype in dict.fromkeys(name for a in anchors for name in a.matmul_flops_per_s):
+        of_dtype = [a.matmul_flops_per_s[dtype] for a in anchors if dtype in a.matmul_flops_per_s]
+        series.append(of_dtype)
     return max(max(values) / min(values) - 1 for values in series)
 
 
@@ -263,7 +291,9 @@ def rates(anchors: Sequence[Anchors], dtype: torch.dtype) -> tuple[float, float]
     name = str(dtype).removeprefix("torch.")
     return (
         statistics.median(a.copy_bytes_per_s for a in anchors),
-        statistics.median(a.matmul_flops_per_s[name] for a in anchors),
+        statistics.median(
+            a.matmul_flops_per_s[name] for a in anchors if name in a.matmul_flops_per_s
+        ),
     )
 
 

@@ -61,7 +61,7 @@ def sdpa_gate_compiled(backend: SDPBackend | None = None) -> Callable[[Case, Inp
     """The same through ``torch.compile``, with a back end of SDPA or torch's choice."""
 
     def build(case: Case, inputs: Inputs, mode: str) -> Call:
-        _needs_compiler(inputs)
+        needs_compiler(inputs)
         if backend is not None:
             _needs_device(inputs, "cuda")
         compiled = _compiled_glue(case.name, mode, str(backend))
@@ -85,7 +85,8 @@ def _compiled_glue(*key: str) -> Callable[[Case, Inputs], Tensor]:
     return glue
 
 
-def _needs_compiler(inputs: Inputs) -> None:
+def needs_compiler(inputs: Inputs) -> None:
+    """Refuses a CPU without the compiler that ``torch.compile`` calls."""
     if inputs["q"].device.type == "cpu" and shutil.which("g++") is None:
         raise Missing("torch.compile on a CPU needs g++")
 
@@ -194,7 +195,7 @@ def flex(case: Case, inputs: Inputs, mode: str) -> Call:
     device = inputs["q"].device
     if device.type == "cpu" and mode == TRAINING:
         raise Missing("FlexAttention has no backward on a CPU")
-    _needs_compiler(inputs)
+    needs_compiler(inputs)
     group = case.heads // case.key_heads
     sizes = tuple(window or case.keys for window in case.windows for _ in range(group))
     attend, mask = _compiled_flex(sizes, case.length, case.keys, str(device), mode)
@@ -254,48 +255,3 @@ def token_loop(unbind: bool) -> Callable[[Case, Inputs, str], Call]:
         return call
 
     return build
-
-
-# --- PyTorch, decoding ---------------------------------------------------------------------------
-
-
-def sdpa_decode(case: Case, inputs: Inputs, mode: str) -> Call:
-    """Writes the new token into full-length caches, then SDPA over them and the gate."""
-    _, k_cache, v_cache = _heads_first(inputs)
-    k_cache, v_cache = k_cache.contiguous(), v_cache.contiguous()  # [B, Hkv, S, D]
-    q = inputs["q"].transpose(1, 2)
-    new = slice(case.keys - case.length, case.keys)
-    k_new, v_new = k_cache[:, :, new].clone(), v_cache[:, :, new].clone()
-    mask = _decode_mask(case, q)
-
-    def call() -> Tensor:
-        k_cache[:, :, new] = k_new
-        v_cache[:, :, new] = v_new
-        out = F.scaled_dot_product_attention(
-            q, k_cache, v_cache, attn_mask=mask, enable_gqa=case.heads != case.key_heads
-        )
-        return gated(out.transpose(1, 2), inputs)
-
-    return call
-
-
-def _decode_mask(case: Case, like: Tensor) -> Tensor | None:
-    if all(window is None for window in case.windows):
-        return None
-    distance = torch.arange(case.keys - 1, -1, -1, device=like.device)  # [S]
-    group = case.heads // case.key_heads
-    rows = [distance < (window or case.keys) for window in case.windows for _ in range(group)]
-    return torch.stack(rows)[None, :, None]  # [1, H, 1, S]
-
-
-def plain_step(case: Case, inputs: Inputs, mode: str) -> Call:
-    """One step of the recurrence in plain PyTorch, the state in place."""
-    state = inputs["initial_state"].clone()
-    q, k, v, g = (inputs[name][:, 0].float() for name in ("q", "k", "v", "g"))
-    scale = case.key_dim**-0.5
-
-    def call() -> Tensor:
-        state.mul_(g.exp()[..., None]).add_(k[..., None] * v[..., None, :])
-        return (scale * q[..., None, :] @ state).squeeze(-2)[:, None].to(inputs["v"].dtype)
-
-    return call

@@ -14,6 +14,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from attnvariants._select import interpreting
 from bench import timing
 from bench.ahead_of_time import refuse_interpreter
-from bench.cases import FORWARD, Case
+from bench.cases import DECODE, FORWARD, Case
 from bench.compile import ARCHS
 from bench.compile_cases import CompileCase, compile_cases
 from bench.console import make_console, progress
@@ -33,7 +35,7 @@ from bench.contenders import AGREEMENT, InputSets
 from bench.cubin import SHARED_LIMIT
 from bench.environment import describe, one_line
 from bench.errors import BenchError
-from bench.pruning import Candidate, Result, prune, using
+from bench.pruning import Candidate, Result, prune, read_results, using
 from bench.records import write_json
 from bench.verify import DTYPES
 
@@ -43,7 +45,6 @@ SPACE: dict[str, tuple[int, ...]] = {
     "warps": (4, 8),
     "stages": (1, 2, 3),
 }
-ROUNDS = 7
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--archs", nargs="+", type=int, choices=SHARED_LIMIT)
     parser.add_argument("--prune-only", action="store_true", help="compile only: needs no GPU")
+    parser.add_argument(
+        "--pruned", type=Path, metavar="JSON", help="tune.json of an earlier --prune-only: its rest"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile (default: 1)")
     parser.add_argument("--length", type=int, default=4096, help="of the timed sequences")
     parser.add_argument("--heads", type=int, default=16, help="of the timed calls")
+    parser.add_argument("--rounds", type=int, default=7, help="of the timing (default: 7)")
     for name, values in SPACE.items():
         text = " ".join(map(str, values))
         parser.add_argument(f"--{name}", nargs="+", type=int, help=f"candidates; default: {text}")
@@ -64,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prunes, times, prints the tables and writes ``tune.json``; 1 where nothing is left."""
-    refuse_interpreter()
+    if args.pruned is None:
+        refuse_interpreter()
     archs = _archs(args)
     cases = [
         case
@@ -77,11 +83,19 @@ def run(args: argparse.Namespace) -> int:
     environment = describe()
     console.print(one_line(environment), markup=False, soft_wrap=True)
     space = {name: tuple(getattr(args, name) or values) for name, values in SPACE.items()}
-    results = prune(args.kernel, cases, archs, space, console, jobs=args.jobs)
+    if args.pruned is None:
+        results = prune(args.kernel, cases, archs, space, console, jobs=args.jobs)
+    else:
+        results = read_results(args.pruned, args.kernel, archs)
     survivors = [result for result in results if not result.problem]
+    anchors = []
     if survivors and not args.prune_only:
+        device = torch.device("cpu" if interpreting() else "cuda")
         larger = [enlarge(case, args.length, args.heads) for case in cases]
-        measure(args.kernel, larger, survivors, console)
+        dtype = [DTYPES[args.dtype]]
+        anchors.append(timing.measure_anchors("start", device, dtype))
+        measure(args.kernel, larger, survivors, console, device, args.rounds)
+        anchors.append(timing.measure_anchors("end", device, dtype))
     for arch in archs:
         show(console, args.kernel, [result for result in results if result.arch == arch])
     if len(archs) > 1:
@@ -94,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         "cases": [case.label for case in cases],
         "space": space,
         "timed": not args.prune_only,
+        "anchors": {"measured": anchors, "drift": timing.drift(anchors) if anchors else 0.0},
         "results": results,
     }
     write_json(args.out / "tune.json", content)
@@ -104,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
 def _archs(args: argparse.Namespace) -> list[int]:
     if args.prune_only:
         return args.archs or list(ARCHS)
+    if interpreting() and args.archs and len(args.archs) == 1:
+        return list(args.archs)  # tries the command out
     if not torch.cuda.is_available():
         raise BenchError("there is no CUDA device to time on; --prune-only needs none")
     major, minor = torch.cuda.get_device_capability()
@@ -119,13 +136,18 @@ def _archs(args: argparse.Namespace) -> list[int]:
 def enlarge(case: CompileCase, length: int, heads: int) -> CompileCase:
     """A case of the size that is timed: the same features, longer sequences and more heads."""
     small = case.case
-    longer, group = max(1, length // small.length), small.heads // small.key_heads
+    group = small.heads // small.key_heads
+    if small.function in DECODE:  # a longer cache, not more new tokens
+        keys, longer = length + small.length, 1
+    else:
+        longer = max(1, length // small.length)
+        keys = small.keys * longer
     return dataclasses.replace(
         case,
         case=dataclasses.replace(
             small,
             length=small.length * longer,
-            key_length=small.keys * longer if small.key_length else None,
+            key_length=keys if small.key_length else None,
             heads=heads // group * group,
             kv_heads=heads // group,
             sequences=tuple(size * longer for size in small.sequences),
@@ -143,11 +165,27 @@ def _windows(case: Case, kv_heads: int) -> dict[str, Any]:
     return {**case.options, "window": tuple(share)}
 
 
+@dataclass(frozen=True)
+class Calls:
+    """The call that launches a kernel on every set of inputs, and what undoes all of them."""
+
+    calls: Sequence[Callable[[], Any]]
+    reset: Callable[[], Any] = timing.nothing
+
+    def first(self) -> list[Tensor]:
+        self.reset()
+        return _tensors(self.calls[0]())
+
+
 def measure(
-    kernel: str, cases: Sequence[CompileCase], survivors: Sequence[Result], console: Console
+    kernel: str,
+    cases: Sequence[CompileCase],
+    survivors: Sequence[Result],
+    console: Console,
+    device: torch.device,
+    rounds: int = 7,
 ) -> None:
-    """Compares and times the survivors on the CUDA device, interleaved; fills in the results."""
-    device = torch.device("cuda")
+    """Compares and times the survivors, interleaved; fills in the results."""
     current = next((result for result in survivors if result.current), None)
     if current is None:
         raise BenchError("the table's entry breaks a rule: nothing to compare with; --prune-only")
@@ -156,13 +194,13 @@ def measure(
         for case in cases:
             step(case.label)
             calls = _calls(kernel, case, device)
-            expected = _tensors(calls[0]())
+            expected = calls.first()
             ready = []
             for result in survivors:
-                result.problem = result.problem or _wrong(kernel, result, calls[0], expected)
+                result.problem = result.problem or _wrong(kernel, result, calls, expected)
                 if not result.problem:
                     ready.append(_contender(kernel, result, calls))
-            timings, failures = timing.interleave(ready, stopwatch, rounds=ROUNDS, budget=60.0)
+            timings, failures = timing.interleave(ready, stopwatch, rounds=rounds, budget=60.0)
             for result in survivors:
                 name = str(result.candidate)
                 result.problem = result.problem or failures.get(name, "")
@@ -171,27 +209,32 @@ def measure(
     _compare(survivors, current)
 
 
-def _calls(kernel: str, case: CompileCase, device: torch.device) -> list[Callable[[], Any]]:
-    """The call that launches ``kernel``, on every set of inputs."""
+def _calls(kernel: str, case: CompileCase, device: torch.device) -> Calls:
     sets = InputSets(case.case, FORWARD, DTYPES[case.dtype], device).sets
-    return [case.launchers(case.case, tensors)[case.kernels[kernel]] for tensors in sets]
+    launchers = [case.launchers(case.case, tensors) for tensors in sets]
+
+    def reset() -> None:
+        for launcher in launchers:
+            launcher.get("reset", timing.nothing)()
+
+    return Calls([launcher[case.kernels[kernel]] for launcher in launchers], reset)
 
 
-def _contender(kernel: str, result: Result, calls: Sequence[Callable[[], Any]]) -> timing.Contender:
+def _contender(kernel: str, result: Result, calls: Calls) -> timing.Contender:
     candidate = None if result.current else result.candidate
 
     def call(index: int) -> Any:
         with using(kernel, candidate):
-            return calls[index]()
+            return calls.calls[index]()
 
-    return timing.Contender(str(result.candidate), call, len(calls))
+    return timing.Contender(str(result.candidate), call, len(calls.calls), calls.reset)
 
 
-def _wrong(kernel: str, result: Result, call: Callable[[], Any], expected: Sequence[Tensor]) -> str:
+def _wrong(kernel: str, result: Result, calls: Calls, expected: Sequence[Tensor]) -> str:
     """How the output of a candidate differs from that of the table's entry; empty where it fits."""
     with using(kernel, None if result.current else result.candidate):
         try:
-            found = _tensors(call())
+            found = calls.first()
         except Exception as error:
             return timing.reason(error)
     for number, (one, other) in enumerate(zip(found, expected, strict=True)):

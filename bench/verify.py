@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import attnvariants
@@ -29,7 +29,10 @@ from bench.console import make_console, progress
 from bench.environment import describe, one_line
 from bench.errors import BenchError
 from bench.records import write_json
+from bench.timing import lost
 from bench.verify_cases import verify_cases
+from bench.verify_rows import NotRun, Row, show, summarize
+from bench.workers import run_tasks
 
 DTYPES = {
     "float32": torch.float32,
@@ -37,39 +40,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One output or gradient of one case. ``reason`` says why a call failed outright."""
-
-    function: str
-    impl: str
-    dtype: str
-    case: str
-    name: str
-    error: float
-    budget: float
-    ok: bool
-    reason: str = ""
-
-    @property
-    def ratio(self) -> float:
-        """Error over budget: up to 1 is within it."""
-        if self.error <= self.budget:
-            return self.error / self.budget if self.budget else 0.0
-        return self.error / self.budget if self.budget else math.inf
-
-
-@dataclass(frozen=True)
-class NotRun:
-    """What was left out, and why."""
-
-    function: str
-    impl: str
-    dtype: str
-    case: str
-    reason: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: all")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="a few cases per function")
+    parser.add_argument(
+        "--wide", action="store_true", help="head dims of 64 to 256 too (default: on a GPU only)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder for results")
 
 
@@ -90,13 +64,33 @@ def run(args: argparse.Namespace) -> int:
     console = make_console()
     environment = describe()
     console.print(one_line(environment), markup=False)
+    if args.jobs < 1:
+        raise BenchError(f"--jobs must be at least 1, got {args.jobs}")
     start = time.perf_counter()
+    path = args.out / "verify.json"
+
+    def save(rows: Sequence[Row], not_run: Sequence[NotRun], complete: bool = False) -> None:
+        content = {
+            "environment": environment,
+            "device": str(device),
+            "quick": args.quick,
+            "complete": complete,
+            "seconds": time.perf_counter() - start,
+            "ok": all(row.ok for row in rows),
+            "summary": summarize(rows),
+            "rows": [{**vars(row), "ratio": row.ratio} for row in rows],
+            "not_run": not_run,
+        }
+        write_json(path, content)
+
     rows, not_run = verify(
-        verify_cases(args.functions, quick=args.quick),
+        verify_cases(args.functions, quick=args.quick, wide=args.wide or device.type == "cuda"),
         args.impls or IMPLEMENTATIONS,
         args.dtypes or list(DTYPES),
         device,
         console,
+        jobs=args.jobs,
+        save=save,
     )
     seconds = time.perf_counter() - start
     if not rows:
@@ -106,19 +100,8 @@ def run(args: argparse.Namespace) -> int:
     show(console, rows, not_run)
     verdict = f"{len(failed)} of {len(rows)} comparisons FAILED" if failed else "all passed"
     console.print(f"{len(rows)} comparisons in {seconds:.1f} s on {device}: {verdict}")
-    path = args.out / "verify.json"
-    content = {
-        "environment": environment,
-        "device": str(device),
-        "quick": args.quick,
-        "seconds": seconds,
-        "ok": not failed,
-        "summary": summarize(rows),
-        "rows": [{**vars(row), "ratio": row.ratio} for row in rows],
-        "not_run": not_run,
-    }
+    save(rows, not_run, complete=True)
     write_json(args.out / "environment.json", environment)
-    write_json(path, content)
     console.print(f"written: {path}", markup=False)
     return 1 if failed else 0
 
@@ -147,43 +130,105 @@ def verify(
     dtypes: Sequence[str],
     device: torch.device,
     console: Console,
+    *,
+    jobs: int = 1,
+    save: Callable[[Sequence[Row], Sequence[NotRun]], None] = lambda *_: None,
 ) -> tuple[list[Row], list[NotRun]]:
-    """Checks every case in every implementation and dtype."""
+    """Checks every case in every implementation and dtype; ``save`` is called after each pair.
+
+    With several ``jobs`` each pair is checked in a process of its own, so that a kernel that
+    breaks the device or its process costs no other comparison.
+    """
     available = attnvariants.implementations()
     rows: list[Row] = []
     not_run: list[NotRun] = []
-    functions = dict.fromkeys(case.function for case in cases)
-    usable = []
-    for function in functions:
+    tasks: list[Task] = []
+    for function in dict.fromkeys(case.function for case in cases):
+        own = tuple(case for case in cases if case.function == function)
         for impl in impls:
             entry = available[function][impl]
             if entry.usable:
-                usable.append((function, impl))
+                tasks += [Task(function, impl, dtype, own, str(device)) for dtype in dtypes]
             else:
                 not_run.append(NotRun(function, impl, "", "", entry.reason))
-    with progress(console, len(usable) * len(dtypes)) as step:
-        for function, impl in usable:
-            for dtype in dtypes:
-                step(f"{function} {impl} {dtype}")
-                for case in cases:
-                    if case.function == function:
-                        _check_into(rows, not_run, case, impl, dtype, device)
+    with progress(console, len(tasks)) as step:
+        for task, found, left_out in (_in_workers if jobs > 1 else _here)(tasks, jobs, step):
+            rows += found
+            not_run += left_out
+            if not task.cases:  # the last news of it
+                save(rows, not_run)
+    order = [(task.function, task.impl, task.dtype) for task in tasks]
+    rows.sort(key=lambda row: order.index((row.function, row.impl, row.dtype)))
     return rows, not_run
 
 
-def _check_into(
-    rows: list[Row], not_run: list[NotRun], case: Case, impl: str, dtype: str, device: torch.device
-) -> None:
-    labels = (case.function, impl, dtype, case.name)
+@dataclass(frozen=True)
+class Task:
+    """All cases of one function in one implementation and dtype."""
+
+    function: str
+    impl: str
+    dtype: str
+    cases: tuple[Case, ...]
+    device: str
+
+
+News = tuple[Task, list[Row], list[NotRun]]  # the task with the cases that are left
+
+
+def _here(tasks: Sequence[Task], jobs: int, step: Callable[[str], None]) -> Iterator[News]:
+    for task in tasks:
+        step(f"{task.function} {task.impl} {task.dtype}")
+        for number, case in enumerate(task.cases, 1):
+            yield replace(task, cases=task.cases[number:]), *_check(task, case)
+
+
+def _in_workers(tasks: Sequence[Task], jobs: int, step: Callable[[str], None]) -> Iterator[News]:
+    """A process that ends costs the case that it was at; a new one goes on behind that."""
+    for task in tasks:
+        step(f"{task.function} {task.impl} {task.dtype}")
+    waiting = list(tasks)
+    while waiting:
+        left = dict(enumerate(waiting))
+        ended = set()  # behind a case that is reported
+        for message in run_tasks(check_task, waiting, jobs):
+            task = left[message.task]
+            if message.kind == "progress":
+                found, left_out = message.value
+                left[message.task] = replace(task, cases=task.cases[1:])
+                if any(lost(row.reason) for row in found):
+                    ended.add(message.task)
+                yield left[message.task], found, left_out
+            elif message.kind == "failed" and task.cases and message.task not in ended:
+                row = _failed(task, task.cases[0], message.value.message)
+                left[message.task] = replace(task, cases=task.cases[1:])
+                yield left[message.task], [row], []
+        waiting = [task for task in left.values() if task.cases]
+
+
+def check_task(task: Task, report: Callable[[Any], None]) -> None:
+    """Checks a task in a worker process, which ends where its device is lost."""
+    for case in task.cases:
+        rows, not_run = _check(task, case)
+        report((rows, not_run))
+        if any(lost(row.reason) for row in rows):
+            os._exit(1)  # nothing that this process could still do would be right
+
+
+def _check(task: Task, case: Case) -> tuple[list[Row], list[NotRun]]:
+    labels = (task.function, task.impl, task.dtype, case.name)
     try:
-        found = check(case, impl, DTYPES[dtype], device)
+        found = check(case, task.impl, DTYPES[task.dtype], torch.device(task.device))
     except NotImplementedError as error:
-        not_run.append(NotRun(*labels, str(error)))
+        return [], [NotRun(*labels, str(error))]
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        rows.append(Row(*labels, "call", math.nan, 0.0, False, reason))
-    else:
-        rows += [Row(*labels, c.name, c.error, c.budget, c.ok) for c in found]
+        return [_failed(task, case, f"{type(error).__name__}: {error}")], []
+    return [Row(*labels, c.name, c.error, c.budget, c.ok) for c in found], []
+
+
+def _failed(task: Task, case: Case, reason: str) -> Row:
+    labels = (task.function, task.impl, task.dtype, case.name)
+    return Row(*labels, "call", math.nan, 0.0, False, reason)
 
 
 def check(
@@ -303,79 +348,3 @@ def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
 def _pieces(steps: Sequence[int]) -> list[slice]:
     ends = [sum(steps[: n + 1]) for n in range(len(steps))]
     return [slice(end - size, end) for size, end in zip(steps, ends, strict=True)]
-
-
-# --- showing -------------------------------------------------------------------------------------
-
-
-def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One entry per function, implementation and dtype, with its worst comparison."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.function, row.impl, row.dtype), []).append(row)
-    return [
-        {
-            "function": function,
-            "impl": impl,
-            "dtype": dtype,
-            "cases": len({row.case for row in group}),
-            "comparisons": len(group),
-            "failed": sum(not row.ok for row in group),
-            "worst_ratio": _worst(group).ratio,
-            "worst": f"{_worst(group).name} of {_worst(group).case}",
-        }
-        for (function, impl, dtype), group in groups.items()
-    ]
-
-
-def _worst(rows: Sequence[Row]) -> Row:
-    return max(rows, key=lambda row: math.inf if math.isnan(row.ratio) else row.ratio)
-
-
-def show(console: Console, rows: Sequence[Row], not_run: Sequence[NotRun]) -> None:
-    """The summary as a table, failing comparisons in full, and what was not run."""
-    table = Table(title="Largest error over its budget (1 is the limit)", title_justify="left")
-    for name in ("function", "impl", "dtype"):
-        table.add_column(name, no_wrap=True)
-    for name in ("cases", "comparisons", "worst"):
-        table.add_column(name, justify="right")
-    table.add_column("worst comparison")
-    table.add_column("")
-    previous = ""
-    for entry in summarize(rows):
-        if previous and entry["function"] != previous:
-            table.add_section()
-        previous = entry["function"]
-        table.add_row(
-            entry["function"],
-            entry["impl"],
-            entry["dtype"],
-            str(entry["cases"]),
-            str(entry["comparisons"]),
-            f"{entry['worst_ratio']:.2f}",
-            entry["worst"],
-            f"[red]{entry['failed']} FAILED[/red]" if entry["failed"] else "[green]ok[/green]",
-        )
-    console.print(table)
-    for row in rows:
-        if not row.ok:
-            what = row.reason or f"error {row.error:.3e} > budget {row.budget:.3e}"
-            console.print(
-                f"FAILED {row.function} {row.impl} {row.dtype} [{row.case}] {row.name}: {what}",
-                style="red",
-                markup=False,
-                soft_wrap=True,
-            )
-    for (impl, reason), names in _by_reason(not_run).items():
-        console.print(
-            f"not run: {impl} for {', '.join(names)}: {reason}", markup=False, soft_wrap=True
-        )
-
-
-def _by_reason(not_run: Sequence[NotRun]) -> dict[tuple[str, str], list[str]]:
-    groups: dict[tuple[str, str], list[str]] = {}
-    for entry in not_run:
-        name = " ".join(filter(None, (entry.function, entry.dtype)))
-        name += f" [{entry.case}]" if entry.case else ""
-        groups.setdefault((entry.impl, entry.reason), []).append(name)
-    return groups

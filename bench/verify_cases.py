@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.cases import Case
+from bench.verify_wide import wide_cases
 
 
 def _softmax_cases() -> list[Case]:
@@ -238,9 +239,12 @@ _QUICK = frozenset(
 )
 
 
-def verify_cases(functions: Sequence[str] | None = None, *, quick: bool = False) -> list[Case]:
-    """The cases to verify, of all functions or of those named."""
+def verify_cases(
+    functions: Sequence[str] | None = None, *, quick: bool = False, wide: bool = False
+) -> list[Case]:
+    """The cases to verify, of all functions or of those named; ``wide``: larger head dims too."""
     cases = _softmax_cases() + _linear_cases() + _decode_cases()
+    cases += wide_cases() if wide else []
     return [
         case
         for case in cases

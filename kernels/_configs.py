@@ -23,6 +23,11 @@ def configure(kernel: str, itemsize: int, head_dim: int) -> Config:
     return table[kind][widest]
 
 
+def overridden(kernel: str) -> Config | None:
+    """What :func:`override` says about a kernel whose configuration is not in the table."""
+    return _overrides.get(kernel)
+
+
 @contextlib.contextmanager
 def override(kernel: str, config: Config) -> Iterator[None]:
     """Launches ``kernel`` with ``config`` inside the block, whatever the table says."""

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from attnvariants.kernels._cache_parts import find_head, share_out
+from attnvariants.kernels._configs import overridden
 from attnvariants.kernels._gate import activate
 from attnvariants.kernels._launch import launch, tile_dim
 from attnvariants.kernels._tiles import LOG2_E, Strided, cast, dot, load_rows, locate, odd, strided
@@ -127,6 +128,15 @@ def configure(rows: int, BK: int, BV: int, dtype: torch.dtype) -> Config:
     and so mostly from L2. Tiles of 64 rows would need wgmma, with the hazards it has in Triton.
     None of these spills registers on a supported chip.
     """
+    config = _choose(rows, BK, BV, dtype)
+    tried = overridden("_attend_parts")
+    if tried is None:
+        return config
+    BT, BS, warps, stages = tried
+    return config._replace(BT=BT, BS=BS, warps=warps, stages=stages)
+
+
+def _choose(rows: int, BK: int, BV: int, dtype: torch.dtype) -> Config:
     wide = max(BK, BV) > 128
     if dtype == torch.float32:  # without tensor cores: a thread holds its operands' columns
         return Config(BT=16, BS=16, BC=min(64 if BV > 128 else 32, BK), warps=8, stages=2)

@@ -273,6 +273,9 @@ def speed_row(
         "percent_of_floor": 40.0,
         "ratio_to": ratio_to or {},
         "sweep": sweep,
+        "launch": "eager",
+        "eager_s": None,
+        "cache_bytes": None,
     }
 
 

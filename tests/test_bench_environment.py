@@ -18,6 +18,7 @@ def test_describes_this_machine() -> None:
     assert found["cores"] >= 1
     assert found["memory_bytes"] > 2**20
     assert found["date"].endswith("+00:00")
+    assert set(found["peers"]) == set(environment.PEERS)
     assert (found["gpu"] is None) == (not torch.cuda.is_available())
 
 

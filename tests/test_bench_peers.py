@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import attnvariants
 from attnvariants._select import FUNCTIONS
@@ -36,6 +39,10 @@ DECODE = Case(
 )
 RING = Case("attention_decode", "ring", length=1, key_length=40, options={"window": (9, None)})
 STEP = Case("linear_attention_decode", "step", batch=2, length=1, g="channel", initial_state=True)
+TOKEN_STEP = dataclasses.replace(STEP, g="token")
+NORM_STEP = dataclasses.replace(
+    STEP, g=None, options={"feature_map": "elu+1", "norm": "model", "scale": 1.0}
+)
 ABSENT = [
     ("fa3", GATED),
     ("fa4", GATED),
@@ -46,6 +53,8 @@ ABSENT = [
     ("fla chunk_simple_gla", SIMPLE),
     ("fla chunk_linear_attn", Case("norm_linear_attention", "norm")),
     ("fla fused_recurrent_gla", STEP),
+    ("fla fused_recurrent_simple_gla", TOKEN_STEP),
+    ("fla fused_recurrent_linear_attn", NORM_STEP),
 ]
 
 
@@ -55,6 +64,9 @@ def _definition(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         window = options.pop("window", None)
         return attnvariants.gated_sdpa(**tensors, window=window, impl="reference")
     function = case.function.replace("linear_attention_decode", "gated_linear_attention")
+    if "feature_map" in options:
+        function = "norm_linear_attention"
+        options.pop("scale")
     return getattr(attnvariants, function)(**tensors, **options, impl="reference")
 
 
@@ -75,6 +87,8 @@ def _definition(case: Case, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         ("sdpa decode", DECODE),
         ("sdpa decode", RING),
         ("plain step", STEP),
+        ("plain step", TOKEN_STEP),
+        ("plain step", NORM_STEP),
     ],
 )
 def test_peers_of_the_same_function_agree_with_the_definition(name: str, case: Case) -> None:
@@ -82,6 +96,14 @@ def test_peers_of_the_same_function_agree_with_the_definition(name: str, case: C
     assert entry.same
     tensors = case.tensors()
     found = entry.build(case, tensors, FORWARD)()
+    torch.testing.assert_close(found, _definition(case, tensors), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize("case", [DECODE, RING], ids=["gated", "ring"])
+def test_flex_attention_decodes(case: Case) -> None:
+    tensors = case.tensors()
+    found = peers.peer("flex decode").build(case, tensors, DECODING)()
     torch.testing.assert_close(found, _definition(case, tensors), rtol=1e-4, atol=1e-5)
 
 
@@ -101,6 +123,44 @@ def test_packages_that_are_absent_say_how_to_get_them(
     with pytest.raises(Missing, match=r"^not installed: ") as caught:
         peers.peer(name).build(case, case.tensors(), FORWARD)
     assert "\n" not in str(caught.value)
+
+
+def _recurrence(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """What fla's fused_recurrent functions compute, called as they are."""
+    assert options["output_final_state"]
+    state = options["initial_state"]
+    decay = torch.ones(()) if g is None else g.exp()[:, 0]
+    while 0 < decay.dim() < state.dim():
+        decay = decay[..., None]
+    new = decay * state + k[:, 0, :, :, None] * v[:, 0, :, None]
+    scale = options["scale"] or q.shape[-1] ** -0.5
+    return scale * torch.einsum("bhk,bhkv->bhv", q[:, 0], new)[:, None], new
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "case"),
+    [
+        ("fla fused_recurrent_gla", "fused_recurrent_gla", STEP),
+        ("fla fused_recurrent_simple_gla", "fused_recurrent_simple_gla", TOKEN_STEP),
+        ("fla fused_recurrent_linear_attn", "fused_recurrent_linear_attn", NORM_STEP),
+    ],
+)
+def test_fla_is_asked_for_the_same_step(
+    name: str, function: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the package, which needs a GPU."""
+
+    def stand_in(module: str, install: str, wanted: str, inputs: object) -> Any:
+        assert (module.split(".")[0], wanted) == ("fla", function)
+        return _recurrence
+
+    monkeypatch.setattr(package_peers, "_from", stand_in)
+    tensors = case.tensors()
+    call = peers.peer(name).build(case, tensors, DECODING)
+    torch.testing.assert_close(call(), _definition(case, tensors), rtol=1e-4, atol=1e-5)
+    assert torch.equal(call(), call())  # always from the same state
 
 
 @pytest.mark.parametrize(

@@ -299,3 +299,19 @@ def test_unknown_mixers_get_looks_of_their_own() -> None:
 )
 def test_tick_labels_are_plain(value: float, text: str) -> None:
     assert plot_style.compact(value) == text
+
+
+def test_many_ratios_are_drawn_in_several_figures(
+    speed_rows: list[plots_speed.Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert plots_speed.ratio_groups(speed_rows) == {"speed_ratios": speed_rows}
+    monkeypatch.setattr(plots_speed, "MOST_BARS", 1)
+    ours = [r for r in speed_rows if r["ours"] and not r["sweep"] and r["status"] == "ok"]
+    slow = ours[0] | {"contender": "slow", "median_s": 9.0}
+    fast = ours[0] | {"ratio_to": {**ours[0]["ratio_to"], "slow": {"median": 0.1}}}
+    groups = plots_speed.ratio_groups([slow, fast, *speed_rows])
+    assert set(groups) == {
+        f"speed_ratios_{r['function']}_{r['mode'].replace('+', '_')}" for r in ours
+    }
+    (row,) = groups["speed_ratios_gated_sdpa_forward_backward"]
+    assert row == ours[0]  # neither the slow one nor the ratio to it

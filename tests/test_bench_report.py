@@ -340,3 +340,14 @@ def test_made_up_results_are_strict_json(full: Path) -> None:
     for path in full.glob("*.json"):
         json.loads(path.read_text(), parse_constant=pytest.fail)
     assert dumps(float("nan")) == '"nan"'
+
+
+def test_speed_finding_names_peers_and_not_our_other_implementations() -> None:
+    ratio = {"eager": {"median": 0.1}, "sdpa": {"median": 0.5}}
+    rows = [
+        made_up.speed_row("triton", 64, 1e-3, ratio_to=ratio, sweep=False),
+        made_up.speed_row("eager", 64, 1e-2, sweep=False),
+    ]
+    assert "`gated_sdpa` 0.50 of sdpa" in findings.speed_finding(rows)
+    rows[0]["ratio_to"].pop("sdpa")
+    assert findings.speed_finding(rows) == ""

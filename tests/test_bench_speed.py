@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 import attnvariants
+from attnvariants._select import FUNCTIONS
 from attnvariants._verify import Comparison
-from bench import contenders, peers, speed, timing
+from bench import contenders, peers, speed, speed_session, timing
 from bench.cases import DECODING, FORWARD, TRAINING, Case
 from bench.contenders import InputSets
+from bench.environment import describe
 from bench.errors import BenchError
 from bench.peers import Peer
 from bench.records import read_json
 from bench.speed_cases import SpeedCase, speed_cases
+from bench.speed_rows import Row
 
 pytestmark = pytest.mark.usefixtures("without_interpreter")
 
@@ -29,7 +32,19 @@ BOTH = (FORWARD, TRAINING)
 GATED = Case("gated_sdpa", "gated", length=32, gate="elementwise")
 LOCAL = Case("ls_attention", "ls", length=48, options={"window": (8, None)})
 DECODE = Case("attention_decode", "decode", length=1, key_length=17, gate="elementwise", steps=(1,))
+RING = Case(
+    "attention_decode",
+    "ring",
+    length=1,
+    key_length=401,
+    heads=4,
+    steps=(1,),
+    options={"window": (9, 9, 9, None)},
+)
 STEP = Case("linear_attention_decode", "step", length=1, g="channel", initial_state=True)
+
+
+ENVIRONMENT = describe() | {"commit": "abc"}
 
 
 def _sweep(length: int) -> SpeedCase:
@@ -57,7 +72,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "measure_anchors", anchors)
     monkeypatch.setattr(contenders, "cache_bytes", lambda device: 1)
     monkeypatch.setattr(timing, "CPU_SAMPLE_SECONDS", 0.0)
-    monkeypatch.setattr(speed, "speed_cases", lambda device, quick, lengths: CASES)
+    monkeypatch.setattr(speed, "speed_cases", lambda device, quick, lengths, tiny: CASES)
 
 
 def _run(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -82,9 +97,10 @@ def test_everything_is_timed_or_says_why_not(
     code, content = _run(tmp_path)
     assert code == 0
     assert read_json(tmp_path / "environment.json") == content["environment"]
-    assert {"environment", "protocol", "anchors", "noise", "flatness", "rows"} == set(content)
+    parts = {"environment", "protocol", "anchors", "noise", "flatness", "rows", "attempts"}
+    assert parts == set(content)
     rows = content["rows"]
-    fields = {field.name for field in dataclasses.fields(speed.Row)}
+    fields = {field.name for field in dataclasses.fields(Row)}
     assert all(set(row) == fields for row in rows)
     timed = [row for row in rows if row["status"] == "ok"]
     assert {(row["function"], row["mode"]) for row in timed if row["ours"]} == {
@@ -141,7 +157,7 @@ def test_what_fails_verify_is_not_timed(
     def wrong(case: Case, impl: str, *rest: object) -> list[Comparison]:
         return [Comparison("dq", 2.0, 1.0 if impl == "eager" else 3.0)]
 
-    monkeypatch.setattr(speed, "check", wrong)
+    monkeypatch.setattr(speed_session, "check", wrong)
     code, content = _run(tmp_path, "--functions", "ls_attention")
     assert code == 1
     ours, *others = content["rows"]
@@ -160,7 +176,7 @@ def test_a_verify_call_that_raises_blocks_timing(
     def fail(*arguments: object) -> None:
         raise RuntimeError("bad kernel")
 
-    monkeypatch.setattr(speed, "check", fail)
+    monkeypatch.setattr(speed_session, "check", fail)
     code, content = _run(tmp_path, "--functions", "ls_attention")
     assert code == 1
     assert "RuntimeError: bad kernel" in content["rows"][0]["reason"]
@@ -201,7 +217,7 @@ def test_a_peer_that_breaks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_calls_that_would_take_minutes_are_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(speed.LONGEST_CALL, "cpu", 1e-9)
+    monkeypatch.setitem(speed_session.LONGEST_CALL, "cpu", 1e-9)
     _, content = _run(tmp_path, "--functions", "ls_attention")
     assert all(row["status"] == "missing" for row in content["rows"])
     assert all("a call takes more than" in row["reason"] for row in content["rows"])
@@ -210,18 +226,82 @@ def test_calls_that_would_take_minutes_are_not_timed(
 def test_results_so_far_survive_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = speed.Session.time
+    original = speed_session.Session.time
 
-    def interrupted(self: speed.Session, entry: SpeedCase, mode: str, dtype: str) -> Any:
+    def interrupted(self: speed_session.Session, entry: SpeedCase, mode: str, dtype: str) -> Any:
         if entry.case.name == "ls":
             raise KeyboardInterrupt
         return original(self, entry, mode, dtype)
 
-    monkeypatch.setattr(speed.Session, "time", interrupted)
+    monkeypatch.setattr(speed_session.Session, "time", interrupted)
     with pytest.raises(KeyboardInterrupt):
         _run(tmp_path, "--functions", "gated_sdpa", "ls_attention")
     rows = read_json(tmp_path / "speed.json")["rows"]
     assert {row["case"] for row in rows} == {"gated"}
+
+
+def test_a_later_call_goes_on_behind_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, timed = speed_session.Session.time, []
+
+    def broken(self: speed_session.Session, entry: SpeedCase, mode: str, dtype: str) -> Any:
+        timed.append((entry.case.name, mode))
+        rows = original(self, entry, mode, dtype)
+        if (entry.case.name, mode) == ("gated", TRAINING):
+            rows[0].reason = "AcceleratorError: CUDA error: an illegal memory access"
+        if entry.case.name == "ls":
+            raise KeyboardInterrupt
+        return rows
+
+    monkeypatch.setattr(speed_session.Session, "time", broken)
+    monkeypatch.setattr(speed_session, "describe", lambda: ENVIRONMENT)
+    arguments = ("--functions", "gated_sdpa", "ls_attention", "--resume")
+    with pytest.raises(BenchError, match="a kernel broke the device in gated, forward\\+backward"):
+        _run(tmp_path, *arguments)
+    for _ in range(speed_session.MOST_ATTEMPTS):  # the process ends while it times "ls"
+        with pytest.raises(KeyboardInterrupt):
+            _run(tmp_path, *arguments)
+    assert timed == [("gated", FORWARD), ("gated", TRAINING), *[("ls", FORWARD)] * 2]
+    code, content = _run(tmp_path, *arguments)
+    assert code == 1
+    assert len(timed) == 4
+    (row,) = [row for row in content["rows"] if row["case"] == "ls"]
+    assert row["status"] == "failed verify"
+    assert row["reason"] == "not timed: the process ended 2 times while it ran"
+    monkeypatch.setattr(speed_session, "describe", lambda: ENVIRONMENT | {"commit": "other"})
+    with pytest.raises(BenchError):
+        _run(tmp_path, *arguments)
+    assert timed[4:] == timed[:2]
+    assert "of another commit (abc, now other)" in capsys.readouterr().out
+
+
+def test_decode_steps_are_shown_in_microseconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(tmp_path, "--mode", "decode")
+    text = capsys.readouterr().out
+    for name in ("us in a graph", "us eager", "% floor", "caches"):
+        assert text.count(name) == 2
+
+
+def test_decode_cases_fit_a_gpu_of_80_gb() -> None:
+    """Inputs, and a cache for each contender: three of ours and the peers; and two in float32."""
+    for entry in speed_cases("cuda"):
+        case = entry.case
+        if case.function == "attention_decode":
+            full = 2 * 2 * case.batch * case.keys * case.key_heads * case.key_dim
+            rotated = max(full, 3 * 60 * 2**20)
+            assert full + rotated * (3 + len(entry.peers)) + 4 * full < 70e9, case.name
+    batches = {entry.case.batch for entry in speed_cases("cuda") if entry.modes == (DECODING,)}
+    assert {1, 8, 64, 128, 256} <= batches
+    assert max(entry.case.keys for entry in speed_cases("cuda") if entry.case.steps) == 65537
+
+
+def test_tiny_cases_cover_every_function() -> None:
+    cases = speed_cases("cuda", tiny=True)
+    assert {entry.case.function for entry in cases} == set(FUNCTIONS)
+    assert max(entry.case.length for entry in cases) <= 64
 
 
 def test_nothing_to_time(tmp_path: Path) -> None:
@@ -267,12 +347,37 @@ def test_decode_starts_every_sample_at_the_same_length() -> None:
 def test_input_sets_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "cache_bytes", lambda device: 20_000)
     cpu = torch.device("cpu")
-    inputs = InputSets(STEP, DECODING, torch.float32, cpu)
-    assert inputs.count == 24  # 3 x 20,000 bytes in sets of 2,560
-    assert not torch.equal(inputs.sets[0]["q"], inputs.sets[1]["q"])
     training = InputSets(LOCAL, TRAINING, torch.float32, cpu)  # bound by arithmetic
-    assert training.count == 1
+    assert len(training.sets) == 1
+    assert training.rotation(2_560) == 24  # 3 x 20,000 bytes
+    assert training.rotation(100) == 64
     assert all(tensor.requires_grad for tensor in training.sets[0].values())
+
+
+def test_every_contender_of_a_step_rotates_over_caches_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(contenders, "cache_bytes", lambda device: 100_000)
+    inputs = InputSets(RING, DECODING, torch.float32, torch.device("cpu"))
+    entry = SpeedCase(RING, (DECODING,), ("sdpa decode",))
+    ours, peer = contenders.candidates(entry, ["eager"])
+    assert ours.prepare(inputs) is None
+    assert peer.prepare(inputs) is None
+    assert len(inputs.sets) == 1
+    # Rings are smaller than the inputs that fill them; a peer's caches are not.
+    assert ours.cache_bytes is not None
+    assert ours.cache_bytes < inputs.nbytes / 2
+    assert (ours.sets - 1) * ours.cache_bytes < 300_000 <= ours.sets * ours.cache_bytes
+    assert (peer.sets - 1) * inputs.nbytes < 300_000 <= peer.sets * inputs.nbytes
+    first = ours.contender().run(0)
+    assert torch.equal(ours.contender().run(1), first)  # another cache, as the first one was
+
+
+def test_graphs_hold_all_caches_equally_often() -> None:
+    assert timing.graph_calls(180, 1e-5) == 180
+    assert timing.graph_calls(5, 1e-9) == 60
+    assert timing.graph_calls(5, 1.0) == 10
+    assert timing.graph_calls(1, 1e-4) == 20
 
 
 def test_the_last_level_cache_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

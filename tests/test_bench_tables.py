@@ -219,3 +219,15 @@ def test_facts_write_every_kind_of_value() -> None:
     entries = [("a_b", None), ("c", True), ("d", 4_000_000), ("e", [1, 2]), ("f", 1e-8)]
     rows = tables.facts("Facts", entries).rows
     assert rows == [("a b", "n/a"), ("c", "yes"), ("d", "4,000,000"), ("e", "1, 2"), ("f", "1e-08")]
+
+
+def test_decode_steps_are_in_microseconds_with_and_without_a_graph() -> None:
+    step = made_up.speed_row("cuda", 1, 5e-6, function="attention_decode", mode="decode")
+    step |= {"sweep": False, "launch": "graph", "eager_s": 2.5e-5, "cache_bytes": 3 << 20}
+    plain = step | {"contender": "eager", "launch": "eager", "eager_s": None, "median_s": 1e-4}
+    table = tables_timing.speed([step, plain], "attention_decode")
+    assert table is not None
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [row["microseconds in a CUDA graph"] for row in rows] == ["5.00", tables.ABSENT]
+    assert [row["eager"] for row in rows] == ["25.0", "100"]
+    assert [row["cache (MiB)"] for row in rows] == ["3.00", "3.00"]

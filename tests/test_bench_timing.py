@@ -153,3 +153,19 @@ def test_peak_memory_of_one_call() -> None:
 def test_unknown_memory_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(timing, "_PROCESS", tmp_path / "nowhere")
     assert timing.peak_bytes(lambda: None, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("AcceleratorError: CUDA error: an illegal memory access was encountered", True),
+        ("RuntimeError: Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("AcceleratorError: CUDA error: device-side assert triggered", True),
+        ("AcceleratorError: CUDA error: operation not permitted when stream is capturing", False),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB", False),
+        ("RuntimeError: Triton Error [CUDA]: invalid argument", False),
+        (None, False),
+    ],
+)
+def test_errors_that_end_all_use_of_the_device(text: str | None, ends: bool) -> None:
+    assert timing.lost(text) == ends

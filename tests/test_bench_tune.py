@@ -22,8 +22,10 @@ from bench.compile_cases import CompileCase, compile_cases
 from bench.console import make_console
 from bench.errors import BenchError
 from bench.pruning import Candidate, Result
+from bench.strict_json import write_json
 
 TABLE = Candidate(64, 32, 4, 2)
+CPU = torch.device("cpu")
 SPACE = {"BT": (64, 128), "BS": (32,), "warps": (4,), "stages": (1, 2, 3)}
 
 
@@ -142,6 +144,17 @@ def test_candidates_reach_the_launch() -> None:
     assert _configs.configure("softmax_forward", 2, 64) != config
 
 
+def test_candidates_reach_decode_steps() -> None:
+    from attnvariants.kernels import softmax_decode
+
+    sizes = (4, 64, 64, torch.bfloat16)
+    with pruning.using("_attend_parts", Candidate(32, 128, 8, 2)):
+        config = softmax_decode.configure(*sizes)
+    assert (config.BT, config.BS, config.warps, config.stages) == (32, 128, 8, 2)
+    assert softmax_decode.configure(*sizes) != config
+    assert softmax_decode.configure(*sizes).BC == config.BC
+
+
 # --- timing --------------------------------------------------------------------------------------
 
 
@@ -159,6 +172,25 @@ def test_timed_cases_are_larger_with_the_same_features() -> None:
     assert large.sequences == (1280, 0, 2816)
     assert large.options == {"window": (8,) * 4 + (None,) * 4, "return_stats": True}
     assert tune.enlarge(_case(length=64), 10, 2).case.length == 64
+
+
+def test_decode_steps_are_timed_behind_longer_caches() -> None:
+    case = Case("attention_decode", "K=64", length=8, key_length=72, heads=8, kv_heads=2)
+    small = next(one for one in compile_cases() if one.case.function == case.function)
+    large = tune.enlarge(dataclasses.replace(small, case=case), 4096, 16).case
+    assert (large.length, large.keys, large.heads, large.key_heads) == (8, 4104, 16, 4)
+
+
+def test_a_decode_step_is_compared_again_from_the_same_cache() -> None:
+    """In Triton's interpreter: every call appends to the cache, so it has to be put back."""
+    case = Case("attention_decode", "K=16", length=1, key_length=17, key_dim=16)
+    small = next(one for one in compile_cases() if one.case.function == case.function)
+    step = dataclasses.replace(small, case=case, dtype="float32")
+    table = Result(90, Candidate(16, 64, 8, 2), current=True)
+    results = [table, Result(90, Candidate(16, 16, 4, 1)), Result(90, Candidate(16, 32, 4, 1))]
+    tune.measure("_attend_parts", [step], results, make_console(), CPU)
+    assert [result.problem for result in results] == ["", "", ""]
+    assert all(result.ratio for result in results)
 
 
 def test_a_wrong_candidate_is_out_and_the_others_are_ranked(
@@ -188,11 +220,11 @@ def test_a_wrong_candidate_is_out_and_the_others_are_ranked(
             return [1.0 if contender.name == str(fast) else 2.0]
 
     monkeypatch.setattr(tune, "using", using)
-    monkeypatch.setattr(tune, "_calls", lambda *_: [call])
+    monkeypatch.setattr(tune, "_calls", lambda *_: tune.Calls([call]))
     monkeypatch.setattr(timing, "stopwatch_for", lambda device: Stopwatch())
     results = [Result(90, TABLE, current=True)]
     results += [Result(90, one) for one in (wrong, failing, fast)]
-    tune.measure("k", [_case(), _case("K=128")], results, make_console())
+    tune.measure("k", [_case(), _case("K=128")], results, make_console(), CPU)
     assert [result.ratio for result in results] == [1.0, None, None, 0.5]
     assert results[1].problem == "output 0 differs from the table's by 5.0e-01"
     assert results[2].problem == "RuntimeError: out of resource"
@@ -259,6 +291,37 @@ def test_prune_only_writes_the_survivors(
     content = json.loads((tmp_path / "tune.json").read_text())
     assert content["results"][0]["candidate"] == dataclasses.asdict(TABLE)
     assert content["timed"] is False
+
+
+def test_what_was_pruned_earlier_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left, spills = Candidate(64, 32, 4, 1), Candidate(128, 32, 4, 1)
+    results = [Result(90, TABLE, current=True), Result(90, left), Result(90, spills, problem="x")]
+    results.append(Result(80, left))
+    file = tmp_path / "pruned.json"
+    write_json(file, {"kernel": "softmax_forward", "results": results})
+
+    def measure(kernel: str, cases: Any, survivors: Sequence[Result], *_: Any) -> None:
+        assert [result.candidate for result in survivors] == [TABLE, left]
+        for result in survivors:
+            result.ratio = 1.0
+
+    def anchors(moment: str, *_: Any) -> timing.Anchors:
+        return timing.Anchors(moment, 1.0 if moment == "start" else 1.1, {})
+
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(timing, "measure_anchors", anchors)
+    options = ("--case", "K=64 ", "--pruned", str(file), "--out", str(tmp_path))
+    assert _run(*options, "--archs", "90") == 0
+    assert "2 of 3 candidates are left" in capsys.readouterr().out
+    content = json.loads((tmp_path / "tune.json").read_text())
+    assert content["anchors"]["drift"] == pytest.approx(0.1)
+    with pytest.raises(BenchError, match="has nothing about sm_120"):
+        _run(*options, "--archs", "120")
+    write_json(file, {"kernel": "other", "results": []})
+    with pytest.raises(BenchError, match="is about other, not about softmax_forward"):
+        _run(*options, "--archs", "90")
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

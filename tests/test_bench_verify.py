@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from bench.cases import DECAYS, Case
 from bench.errors import BenchError
 from bench.records import read_json
 from bench.verify_cases import verify_cases
+from bench.workers import Failure, Message
 
 pytestmark = pytest.mark.usefixtures("without_interpreter")
 
@@ -201,3 +202,66 @@ def test_inputs_have_the_dtypes_of_the_contract() -> None:
     again = case.tensors(torch.bfloat16)
     assert torch.equal(tensors["q"], again["q"])
     assert not torch.equal(tensors["q"], case.tensors(torch.bfloat16, seed=1)["q"])
+
+
+def test_a_process_that_ends_costs_one_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One case breaks the device, another the process: both are named, the others go on."""
+    names = [case.name for case in verify_cases(["diag_attention"])]
+    broken = "AcceleratorError: CUDA error: an illegal memory access was encountered"
+    asked: list[list[str]] = []
+
+    def run_tasks(function: Any, tasks: Any, jobs: int) -> Iterator[Message]:
+        assert jobs == 2
+        (task,) = tasks
+        asked.append([case.name for case in task.cases])
+        for case in task.cases:
+            if case.name == names[3]:
+                yield Message(0, "failed", Failure("the worker process was killed by SIGSEGV"))
+                return
+            labels = (task.function, task.impl, task.dtype, case.name)
+            bad = case.name == names[1]
+            row = verify.Row(*labels, "out", 0.0, 1.0, not bad, broken if bad else "")
+            yield Message(0, "progress", ([row], []))
+            if bad:
+                yield Message(0, "failed", Failure("the worker process ended with exit code 1"))
+                return
+        yield Message(0, "done", None)
+
+    monkeypatch.setattr(verify, "run_tasks", run_tasks)
+    options = ("--functions", "diag_attention", "--impls", "eager", "--dtypes", "float32")
+    assert _run(tmp_path, *options, "--jobs", "2") == 1
+    assert asked == [names, names[2:], names[4:]]
+    content = read_json(tmp_path / "verify.json")
+    assert [row["case"] for row in content["rows"]] == names
+    reasons = {row["case"]: row["reason"] for row in content["rows"] if not row["ok"]}
+    assert reasons == {
+        names[1]: broken,
+        names[3]: "the worker process was killed by SIGSEGV",
+    }
+    assert content["complete"]
+
+
+def test_worker_processes_check_as_this_one_does(tmp_path: Path) -> None:
+    options = ("--functions", "diag_attention", "--impls", "eager", "--dtypes", "float32")
+    _run(tmp_path / "one", *options)
+    _run(tmp_path / "two", *options, "--jobs", "2")
+    one, two = (read_json(tmp_path / name / "verify.json") for name in ("one", "two"))
+    assert one["rows"] == two["rows"]
+
+
+def test_wide_cases_reach_every_function_at_every_head_dim() -> None:
+    added = [case for case in verify_cases(wide=True) if case not in verify_cases()]
+    for dim in (64, 96, 128, 256):
+        functions = {case.function for case in added if case.key_dim == dim}
+        assert functions == set(FUNCTIONS)
+    assert not [case for case in verify_cases(quick=True, wide=True) if case in added]
+
+
+@pytest.mark.parametrize("function", ["attention_decode", "diag_attention"])
+def test_wide_cases_are_within_their_budget(function: str, tmp_path: Path) -> None:
+    options = ("--functions", function, "--impls", "eager", "--dtypes", "bfloat16", "--wide")
+    assert _run(tmp_path, *options) == 0
+    names = {row["case"] for row in read_json(tmp_path / "verify.json")["rows"]}
+    assert any("D=256" in name for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from attnvariants.modules._common import (
     widen,
 )
 from attnvariants.modules._positions import LRPE, token_positions
+from attnvariants.ops.attention_decode import attention_decode
 from attnvariants.ops.diag import ACTIVATIONS
 from attnvariants.ops.diag_attention import diag_attention_with_stats
 
@@ -117,9 +119,12 @@ class DiagAttention(KeyValueLayer):
 
         if past is not None:
             past.reserve(type(self).__name__, x.shape[1])
-            pieces = (t.split(self.block_size, dim=1) for t in (q, k, v))
-            steps = [self._step(*piece, cache=past) for piece in zip(*pieces, strict=True)]
-            out = torch.cat(steps, dim=1)
+            if x.shape[1] == 1 and self.activation == "softmax":
+                out = self._decode(q, k, v, past)
+            else:
+                pieces = (t.split(self.block_size, dim=1) for t in (q, k, v))
+                steps = [self._step(*piece, cache=past) for piece in zip(*pieces, strict=True)]
+                out = torch.cat(steps, dim=1)
         else:
             out, max_logit = diag_attention_with_stats(
                 q,
@@ -139,6 +144,21 @@ class DiagAttention(KeyValueLayer):
         if self.activation == "relu":
             out = F.rms_norm(widen(out), out.shape[-1:], eps=self.norm_eps).to(out.dtype)
         return self.o_proj(out)
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
+        """One new token: a decode step over a cache that holds the open block only.
+
+        The ring has a slot for each token of a block, so the open block fills it from slot 0 on.
+        """
+        block = copy.copy(cache)
+        block.lengths = cache.lengths % self.block_size
+        block.max_filled = min(cache.max_filled, block.capacities[0])
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v_new = (t.to(cache.dtype) for t in (q, k, v))
+            out: Tensor = self._call(attention_decode, q, k, v_new, block)
+        cache.lengths.add_(1)
+        cache.advance(1)
+        return out.to(v.dtype)
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, *, cache: KVCache) -> Tensor:
         """At most a block of new tokens: those of the cached block and each other."""

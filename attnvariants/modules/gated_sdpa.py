@@ -234,7 +234,8 @@ class GatedAttention(KeyValueLayer):
                         gate_activation=self._fused_activation,
                     )
                 )
-        return torch.cat(outs, dim=1).to(dtype)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        return out.to(dtype)
 
     def _logits(self, x: Tensor) -> Tensor | None:
         """Gate logits ``[B, T, heads, D]``; headwise ``[B, T, heads]``; output ``[B, T, C]``."""
