@@ -319,7 +319,7 @@ def test_bad_arguments_end_with_code_2(tmp_path: Path, arguments: list[str]) -> 
 def test_what_has_no_backward_is_not_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speed, "has_backward", lambda function, impl: impl != "eager")
+    monkeypatch.setattr(speed_session, "has_backward", lambda function, impl: impl != "eager")
     code, content = _run(
         tmp_path, "--functions", "diag_attention", "--impls", "eager", "--dtypes", "float32"
     )
