@@ -132,6 +132,9 @@ class Session:
         self.write()
 
     def _time(self, job: Job) -> list[Row]:
+        self.stopwatch = timing.stopwatch_for(
+            self.device
+        )  # the old one holds the last job's caches
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the pools of graphs that are gone
         try:
