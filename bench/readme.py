@@ -2,7 +2,8 @@
 
 A block stands between ``<!-- bench: KIND FOLDER -->`` and ``<!-- /bench -->``; what is between them
 is replaced. Kinds: ``study``, the table of a logit study; ``gpu``, what was measured on GPUs, or
-that nothing was.
+that nothing was; ``figure``, which keeps its line, but whose image is drawn again: loss and max
+logit of a study over the learning rate.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bench.strict_json import read_json
 from bench.tables import ABSENT, duration, mean_sd, number
 
 _BLOCK = re.compile(r"(<!-- bench: (\w+) (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+FIGURE = "figure"
 _NAMES = {
     "mhsa": "softmax attention (mhsa)",
     "mhsa+qknorm": "the same with qk-norm",
@@ -54,12 +56,24 @@ def render(text: str, root: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         kind, folder = match.group(2), match.group(3)
+        if kind == FIGURE:
+            return match.group(0)
         if kind not in _KINDS:
-            raise BenchError(f"no block {kind!r}; there are {', '.join(_KINDS)}")
+            raise BenchError(f"no block {kind!r}; there are {', '.join((*_KINDS, FIGURE))}")
         lines = "\n".join(_KINDS[kind](root / folder, folder))
         return f"{match.group(1)}{lines}\n{match.group(4)}"
 
     return _BLOCK.sub(block, text)
+
+
+def figures(path: Path) -> list[tuple[Path, Path]]:
+    """The study and the image of every figure, as paths."""
+    found = []
+    for match in _BLOCK.finditer(path.read_text(encoding="utf-8")):
+        image = re.search(r"\]\((\S+\.png)\)", match.group(0))
+        if match.group(2) == FIGURE and image:
+            found.append((path.parent / match.group(3), path.parent / image.group(1)))
+    return found
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -16,17 +16,23 @@ ELEMENTS = 2**31  # of the largest tensors
 
 
 def difference_of_last_row(
-    case: Case, impl: str, dtype: torch.dtype, device: torch.device, elements: int
+    case: Case,
+    impl: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    elements: int,
+    *,
+    training: bool,
 ) -> str:
     """What is wrong with the last row of a batch of ``elements`` elements; empty where nothing is.
 
-    All other rows are zeros, which cost no time to make. A case with one row is called alone.
+    ``training``: its gradients as well. All other rows are zeros, which cost no time to make.
     """
     case = replace(case, batch=1)
     if case.function in DECODE:
         found, expected = _step(case, impl, dtype, device, elements)
     else:
-        found, expected = _whole(case, impl, dtype, device, elements)
+        found, expected = _whole(case, impl, dtype, device, elements, training)
     for number, (one, other) in enumerate(zip(found, expected, strict=True)):
         apart = (one.double() - other.double()).norm() / other.double().norm().clamp_min(1e-30)
         if not float(apart) <= AGREEMENT[dtype]:
@@ -41,7 +47,12 @@ def _enlarge(x: Tensor, rows: int) -> Tensor:
 
 
 def _whole(
-    case: Case, impl: str, dtype: torch.dtype, device: torch.device, elements: int
+    case: Case,
+    impl: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    elements: int,
+    training: bool,
 ) -> tuple[Outputs, Outputs]:
     """Outputs and gradients."""
     tensors = case.tensors(dtype, device)
@@ -50,8 +61,12 @@ def _whole(
     function = getattr(attnvariants, case.function)
 
     def run(inputs: dict[str, Tensor]) -> Outputs:
-        leaves = {name: x.requires_grad_() for name, x in inputs.items() if x.dim() == 4}
+        leaves = {name: x for name, x in inputs.items() if x.dim() == 4}
+        for x in leaves.values():
+            x.requires_grad_(training)
         out = function(**inputs, **_plain(case), impl=impl)
+        if not training:
+            return [out[-1:].detach()]
         gradients = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
         return [x[-1:].detach() for x in (out, *gradients)]
 

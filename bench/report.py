@@ -18,7 +18,6 @@ from bench.records import FOLDER, GRID_FILE, read_study
 from bench.results import Results
 
 PLOTS = "plots"
-STORY = "loss_and_logits"  # the one figure to show where there is room for one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,12 +50,14 @@ def run(args: argparse.Namespace) -> int:
     """Writes the report and prints its headlines; with ``--readme`` rewrites its blocks instead."""
     if args.readme:
         kinds = readme.rewrite(args.readme)
+        for folder, image in readme.figures(args.readme):
+            draw_story(folder, image)
         print(f"rewritten: {', '.join(kinds)} in {args.readme}")
         return 0
     from bench import html, plot_style  # matplotlib: not needed by the other commands
     from bench.sections import build
 
-    folder: Path = args.directory
+    folder = args.directory
     document = build(load(folder))
     plots = {plot.name: plot.figure for plot in document.plots()}
     for name, figure in plots.items():
@@ -64,14 +65,29 @@ def run(args: argparse.Namespace) -> int:
     (folder / "report.md").write_text(to_markdown(document, PLOTS), encoding="utf-8")
     (folder / "report.html").write_text(html.to_html(document), encoding="utf-8")
     if args.figure:
-        if STORY not in plots:
-            raise BenchError(f"--figure: {folder} has no finished runs at two learning rates")
-        plot_style.save_png(plots[STORY], args.figure)
+        draw_story(folder, args.figure)
     for block in document.sections[0].blocks:
         if isinstance(block, Bullets):
             print("\n".join(f"* {item.replace('`', '')}" for item in block.items))
     print(f"written: {folder / 'report.html'}, report.md and {PLOTS}/ in the same folder")
     return 0
+
+
+def draw_story(directory: Path, image: Path) -> None:
+    """Draws loss and max logit over the learning rate, of the study in a folder.
+
+    Raises:
+        BenchError: there is no study with runs at two learning rates.
+    """
+    from bench import plot_style, plots
+
+    results = load(directory)
+    try:
+        if results.study is None or results.summary is None:
+            raise plot_style.NotDrawn("it holds no study")
+        plot_style.save_png(plots.loss_and_logits(results.study, results.summary), image)
+    except plot_style.NotDrawn as reason:
+        raise BenchError(f"no figure of {directory}: {reason}") from reason
 
 
 def load(directory: Path) -> Results:

@@ -132,6 +132,9 @@ class Session:
         self.write()
 
     def _time(self, job: Job) -> list[Row]:
+        self.stopwatch = timing.stopwatch_for(
+            self.device
+        )  # the old one holds the last job's caches
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the pools of graphs that are gone
         try:
@@ -170,8 +173,7 @@ class Session:
             elif not (ready or candidate.ours):
                 row(candidate, MISSING, "not timed: nothing of ours to compare it with")
             elif obstacle := candidate.prepare(inputs) or disagreement(candidate, ready):
-                memory = obstacle.startswith(torch.OutOfMemoryError.__name__)
-                row(candidate, FAILED if candidate.ours and not memory else MISSING, obstacle)
+                row(candidate, _status(candidate.ours, obstacle), obstacle)
             else:
                 ready.append(candidate)
                 row(candidate, OK)
@@ -225,7 +227,7 @@ class Session:
         )
         for name, reason in failures.items():
             if name in rows:
-                rows[name].status = FAILED if rows[name].ours else MISSING
+                rows[name].status = _status(rows[name].ours, reason)
                 rows[name].reason = reason
         if noise and "again" in timings:
             first = rows[ready[0].name]
@@ -296,6 +298,12 @@ class Session:
     def write(self) -> None:
         """Writes ``speed.json``."""
         write_json(self.path, self.content())
+
+
+def _status(ours: bool, reason: str) -> str:
+    """Ours has failed, but where it offers no such call or the device has too little memory."""
+    excuses = (NotImplementedError.__name__, torch.OutOfMemoryError.__name__)
+    return FAILED if ours and not reason.startswith(excuses) else MISSING
 
 
 def _label(job: Job) -> str:

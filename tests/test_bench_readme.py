@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def _gpu_run(root: Path, *, dry: bool = False) -> Path:
     return folder
 
 
+def _arguments(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
 def test_the_readme_says_what_the_results_say() -> None:
     """Fails where results or the README were changed without `bench report --readme`."""
     text = (ROOT / "README.md").read_text()
@@ -69,6 +76,20 @@ def test_a_changed_result_changes_the_readme(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "s")
     made_up.write_study(tmp_path / "s", seeds=(0,))
     assert readme.render(block, tmp_path) != one
+
+
+def test_figures_are_drawn_again(tmp_path: Path) -> None:
+    made_up.write_study(tmp_path / "s", mixers=("mhsa", "ls"), seeds=(0,))
+    text = "<!-- bench: figure s -->\n![alt](docs/a.png)\n<!-- /bench -->\n"
+    file = tmp_path / "README.md"
+    file.write_text(text)
+    report.run(_arguments("--readme", str(file)))
+    assert file.read_text() == text
+    assert (tmp_path / "docs" / "a.png").read_bytes().startswith(b"\x89PNG")
+    made_up.write_study(tmp_path / "one", mixers=("mhsa",), learning_rates=(1e-2,), seeds=(0,))
+    file.write_text(text.replace("figure s", "figure one"))
+    with pytest.raises(BenchError, match=r"no figure of .*one: it needs finished runs at two"):
+        report.run(_arguments("--readme", str(file)))
 
 
 def test_gpu_results_are_shown_with_their_device(tmp_path: Path) -> None:
@@ -93,19 +114,18 @@ def test_gpu_results_are_shown_with_their_device(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
     file = tmp_path / "README.md"
     file.write_text("<!-- bench: gpu results -->\n<!-- /bench -->\n")
-    assert report.run(parser.parse_args(["--readme", str(file)])) == 0
+    assert report.run(_arguments("--readme", str(file))) == 0
     assert "rewritten: gpu" in capsys.readouterr().out
     assert "Nothing has been measured" in file.read_text()
-    assert parser.parse_args(["--readme"]).readme == Path("README.md")
+    assert _arguments("--readme").readme == Path("README.md")
     for text, message in (
         ("no block", "has no block"),
-        ("<!-- bench: other x -->\n<!-- /bench -->", "no block 'other'; there are study, gpu"),
+        (
+            "<!-- bench: other x -->\n<!-- /bench -->",
+            "no block 'other'; there are study, gpu, figure",
+        ),
         ("<!-- bench: study x -->\n<!-- /bench -->", "x holds no logit study"),
     ):
         file.write_text(text)

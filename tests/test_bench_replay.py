@@ -16,6 +16,7 @@ import torch
 import attnvariants
 from attnvariants._select import FUNCTIONS, Availability
 from bench import anchors, replay, replay_cases, sanitize, timing
+from bench.cases import DECODE
 from bench.environment import describe
 from bench.errors import BenchError
 from bench.records import read_json
@@ -104,6 +105,26 @@ def test_a_call_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not read_json(tmp_path / "replay.json")["complete"]
 
 
+def test_what_an_implementation_does_not_offer_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = attnvariants.diag_attention
+
+    def forward_only(q: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled() and q.requires_grad:
+            raise NotImplementedError("it has no backward")
+        return right(q, *arguments, **options)
+
+    monkeypatch.setattr(attnvariants, "diag_attention", forward_only)
+    code, rows = _replay(tmp_path, "--functions", "diag_attention", "--large", "5000")
+    assert code == 0
+    reasons = {row["reason"] for row in rows if row["mode"] == "forward+backward"}
+    assert reasons == {"not checked: NotImplementedError: it has no backward"}
+    forward = [row for row in rows if row["mode"] == "forward"]
+    assert len(forward) == 12  # six checks of two cases
+    assert not any(row["reason"] for row in forward)
+
+
 def test_no_kernels_no_replay(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="no kernel is usable here"):
         _run(replay, tmp_path, "--device", "cpu")
@@ -121,7 +142,8 @@ def test_the_last_row_of_a_large_batch(tmp_path: Path, monkeypatch: pytest.Monke
     code, rows = _replay(tmp_path, "--large", "5000")
     large = [row for row in rows if row["check"] == replay.LARGE]
     assert code == 0
-    assert len(large) == len(CASES)
+    modes = sum(1 if case.function in DECODE else 2 for case in CASES)
+    assert len(large) == modes
 
     right, sizes = attnvariants.diag_attention, []
 

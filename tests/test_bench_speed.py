@@ -214,6 +214,26 @@ def test_a_peer_that_breaks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert reasons["sdpa"] == "RuntimeError: out of memory"
 
 
+def test_what_ours_does_not_offer_is_missing_and_not_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = attnvariants.diag_attention
+
+    def forward_only(q: Tensor, *arguments: Any, **options: Any) -> Any:
+        if q.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError("it has no backward")
+        return right(q, *arguments, **options)
+
+    monkeypatch.setattr(speed_session, "check", lambda *_: [])
+    monkeypatch.setattr(attnvariants, "diag_attention", forward_only)
+    code, content = _run(tmp_path, "--functions", "diag_attention")
+    assert code == 0
+    found = {row["mode"]: row for row in content["rows"] if row["ours"]}
+    assert found[FORWARD]["status"] == "ok"
+    assert found[TRAINING]["status"] == "missing"
+    assert found[TRAINING]["reason"] == "NotImplementedError: it has no backward"
+
+
 def test_calls_that_would_take_minutes_are_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
