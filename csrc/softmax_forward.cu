@@ -308,6 +308,7 @@ Choice choice_of() {
 
 template <typename T>
 Choice choose(int dim) {
+  if (dim <= 32) return choice_of<T, 32>();
   if (dim <= 64) return choice_of<T, 64>();
   if (dim <= 96) return choice_of<T, 96>();
   if (dim <= 128) return choice_of<T, 128>();
