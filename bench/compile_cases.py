@@ -358,7 +358,59 @@ def _linear_cases() -> list[CompileCase]:
     return found
 
 
+def linear_decode(case: Case, tensors: dict[str, Tensor]) -> Calls:
+    """A step of ``linear_attention_decode``."""
+    kernels: Any = importlib.import_module("attnvariants.kernels.linear_decode")
+    q, k, v = (tensors[name] for name in "qkv")
+    state, factors = tensors["initial_state"], (tensors.get("norm_weight"), tensors.get("gate"))
+    lengths = torch.zeros(case.batch, dtype=torch.int32, device=q.device)
+    feature_map, norm = case.options.get("feature_map"), case.options.get("norm")
+    activation = "silu" if case.gate else None
+
+    def step() -> Tensor:
+        given = (q, k, v, tensors.get("g"), state, lengths, *factors)
+        return kernels.attend(*given, feature_map, case.key_dim**-0.5, norm, 1e-6, activation)
+
+    return {"step": step}
+
+
+def _linear_decode_cases() -> list[CompileCase]:
+    def make(
+        dims: tuple[int, int], dtype: str, name: str, features: dict[str, Any], quick: bool = False
+    ) -> CompileCase:
+        sizes = {"batch": 2, "heads": 4, "initial_state": True}
+        case = _sized("linear_attention_decode", dims, name, {**sizes, **features})
+        kernels = {"_advance_state": "step"}
+        if (case.options["norm"], dims) not in (("head", (64, 64)), ("head", (128, 128))):
+            kernels["_finish"] = "step"  # a program does not hold all that the norm runs over
+        return CompileCase(case, dtype, linear_decode, kernels, tuple(kernels), quick)
+
+    one = {
+        "length": 1,
+        "g": "channel",
+        "gate": "elementwise",
+        "norm_weight": "head",
+        "options": {"norm": "head"},
+    }
+    many = {
+        "length": 8,
+        "g": "head",
+        "gate": "headwise",
+        "norm_weight": "shared",
+        "options": {"norm": "model", "feature_map": "elu"},
+    }
+    found = []
+    for dims in ((64, 64), (128, 128), (128, 256), (100, 40), (256, 256)):
+        found.append(make(dims, "bfloat16", "one token", one, dims == (128, 128)))
+        found.append(make(dims, "bfloat16", "eight tokens", many, dims == (64, 64)))
+    for dtype in ("float16", "float32"):
+        found.append(make((128, 128), dtype, "one token", one))
+        found.append(make((256, 256), dtype, "eight tokens", many, dtype == "float32"))
+    return found
+
+
 def compile_cases(*, quick: bool = False) -> list[CompileCase]:
     """All cases, or those that reach every entry of the configuration tables once."""
     cases = [*_softmax_cases(), *_diagonal_cases(), *_decode_cases(), *_linear_cases()]
+    cases += _linear_decode_cases()
     return [case for case in cases if case.quick or not quick]

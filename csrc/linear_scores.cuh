@@ -77,7 +77,7 @@ struct ChunkScores {
           [level](int row, int col) {
             return level < kBlockLevels ? row == col : (row ^ col) >> (level - kBlockLevels) == 1;
           },
-          [level](int i, int j) { return i > j && (i ^ j) >> level == 1; });
+          [level](int i, int j) { return (i ^ j) >> level == 1; });
     }
   }
 

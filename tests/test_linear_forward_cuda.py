@@ -323,10 +323,10 @@ def test_nothing_passes_a_reset(kind: str, reset: int) -> None:
 
 @pytest.mark.parametrize("processors", [1, 1000])
 def test_errors_do_not_compound_over_chunks(processors: int, controls: ctypes.CDLL) -> None:
-    """A decay that float32 rounds badly per chunk is still right over 256 chunks."""
+    """A decay that float32 rounds badly per chunk is still right over 512 chunks."""
     controls.cuda_on_cpu_processors(processors)
-    decay = torch.tensor([-4.5e-10])  # exp(32 decay) lies between 1 and the number before it
-    q, k, v = (torch.ones(1, 2**13, 1, 2) for _ in range(3))
+    decay = torch.tensor([-9e-10])  # exp(32 decay) lies between 1 and the number before it
+    q, k, v = (torch.ones(1, 2**14, 1, 2) for _ in range(3))
     options = {"feature_map": None, "norm": None, "return_state": True, "impl": "cuda"}
     _, state = norm_linear_attention(q, k, v, decay=decay, **options)
     start = torch.zeros(1, 1, 2, 2)
