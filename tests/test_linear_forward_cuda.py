@@ -343,7 +343,8 @@ def test_errors_do_not_compound_over_chunks(processors: int, controls: ctypes.CD
 )
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=1, max_size=3),
-    dims=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 70)),
+    # A norm over few numbers is one of a few errors, and its own a matter of luck.
+    dims=st.tuples(st.integers(2, 4), st.integers(4, 70), st.integers(9, 70)),
     kind=st.sampled_from(["channel", "token", "constant", "none"]),
     norm=st.sampled_from(NORMS),
     dtype=st.sampled_from(DTYPES),
