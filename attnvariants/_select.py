@@ -141,14 +141,15 @@ def _availability(function: str, impl: str) -> Availability:
     reason = _missing(function, impl)
     if reason:
         return Availability(False, reason)
-    return Availability(True, "plain PyTorch, any device" if impl == "eager" else _note(impl))
+    return Availability(True, _note(function, impl))
 
 
-def _note(impl: str) -> str:
+def _note(function: str, impl: str) -> str:
     return {
+        "eager": "plain PyTorch, any device",
         "reference": "the definition in plain PyTorch, any device",
         "triton": "Triton's interpreter on CPU tensors" if interpreting() else "CUDA tensors",
-        "cuda": "CUDA tensors",
+        "cuda": "CUDA tensors" if has_backward(function, impl) else "CUDA tensors, no gradients",
     }[impl]
 
 

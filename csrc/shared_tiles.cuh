@@ -78,13 +78,16 @@ __device__ __forceinline__ void load_rows(
   if ((kAtOnce * kChunks < kThreads && own_row >= kAtOnce) || col >= filled) return;
   const T* source = from.data + (first + own_row) * from.stride + col;
   const int64_t next = kAtOnce * from.stride;
+  T* target = tile.at(own_row, col);
+  auto target_of = [&](int row) {
+    return kPadded || kAtOnce % 8 == 0 ? target + row * tile.kPitch : tile.at(own_row + row, col);
+  };
   if (from.aligned) {
-    const bool exists = col < from.cols;
+    const unsigned rows = col < from.cols ? from.rows : 0;
 #pragma unroll
     for (int row = 0; row < kRows; row += kAtOnce, source += next) {
       if (kRows % kAtOnce != 0 && own_row + row >= kRows) break;
-      const int index = first + own_row + row;
-      copy_async(tile.at(own_row + row, col), source, exists && index >= 0 && index < from.rows);
+      copy_async(target_of(row), source, static_cast<unsigned>(first + own_row + row) < rows);
     }
   } else {
 #pragma unroll 1
@@ -92,10 +95,10 @@ __device__ __forceinline__ void load_rows(
       if (own_row + row >= kRows) break;
       const int index = first + own_row + row;
       const int live = index >= 0 && index < from.rows ? from.cols - col : 0;
-      T* target = tile.at(own_row + row, col);
+      T* elements = target_of(row);
 #pragma unroll
       for (int i = 0; i < kChunk<T>; ++i) {
-        target[i] = i < live ? source[i] : from_float<T>(0.0f);
+        elements[i] = i < live ? source[i] : from_float<T>(0.0f);
       }
     }
   }

@@ -185,7 +185,7 @@ softmax_forward_kernel(const __grid_constant__ SoftmaxForward p) {
   if (lane_index() == 0) {
     const Range upper = visible_keys(p, t, warp_row);
     const Range lower = visible_keys(p, t, warp_row + S::kWarpRows - 1);
-    seen_by_warp[warp] = {upper.low, lower.high};
+    seen_by_warp[warp] = {upper.low, warp_row < t.count ? lower.high : 0};
     seen_by_all_rows[warp] = {lower.low, upper.high};
   }
   const typename S::Tile queries(dynamic_shared);
@@ -308,6 +308,7 @@ Choice choice_of() {
 
 template <typename T>
 Choice choose(int dim) {
+  if (dim <= 32) return choice_of<T, 32>();
   if (dim <= 64) return choice_of<T, 64>();
   if (dim <= 96) return choice_of<T, 96>();
   if (dim <= 128) return choice_of<T, 128>();

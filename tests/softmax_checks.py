@@ -47,6 +47,11 @@ def bounds(*lengths: int) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Inputs:
+    """Floating tensors in ``dtype``, others as they are."""
+    return {n: x.to(dtype) if x.is_floating_point() else x for n, x in tensors.items()}
+
+
 def cotangent(out: Tensor) -> Tensor:
     """The same for every dtype of ``out``: its values are exact in all of them."""
     generator = torch.Generator().manual_seed(7)
@@ -91,8 +96,8 @@ def check_definition(
     if dtype in (torch.bfloat16, torch.float16):
         assert_matches_definition(function, tensors, options, impl=impl, dtype=dtype)
         return
-    working = {n: x.to(dtype) if x.is_floating_point() else x for n, x in tensors.items()}
-    exact = {n: x.double() if x.is_floating_point() else x for n, x in working.items()}
+    working = cast(tensors, dtype)
+    exact = cast(working, F64)
     found = results(function, working, impl=impl, **options)
     truth = results(function, exact, impl="reference", **options)
     if dtype == F64:

@@ -16,14 +16,14 @@ import torch
 from cuda_build import cuda_on_cpu
 from hypothesis import HealthCheck, given, settings
 from oracle import assert_matches_definition
-from softmax_checks import ACTIVATIONS, Inputs, bounds, draw
+from softmax_checks import ACTIVATIONS, Inputs, bounds, cast, draw
 from torch import Tensor
 
 import attnvariants
-from attnvariants import diag_attention, gated_sdpa, ls_attention
-from attnvariants._check_cases import CASES, Case
-from attnvariants._check_cases import check as check_case
+from attnvariants import diag_attention, gated_sdpa
 from attnvariants._verify import within
+from attnvariants.ops.diag_attention import diag_attention_with_stats
+from attnvariants.reference.gated_sdpa import gated_sdpa as definition
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (BF16, F16, F32)
@@ -43,10 +43,6 @@ def check(
     if function != "diag_attention":
         options = {"return_stats": True} | options
     assert_matches_definition(function, tensors, options, impl="cuda", dtype=dtype, gradients=False)
-
-
-def cast(tensors: Inputs, dtype: torch.dtype) -> Inputs:
-    return {n: x.to(dtype) if x.is_floating_point() else x for n, x in tensors.items()}
 
 
 def run(tensors: Inputs, function: str = "gated_sdpa", **options: Any) -> list[Tensor]:
@@ -157,7 +153,7 @@ def test_keys_that_nobody_sees_are_not_read() -> None:
 
 @pytest.mark.parametrize(
     ("key_dim", "value_dim"),
-    [(1, 1), (40, 100), (100, 40), (64, 64), (65, 33), (96, 80), (128, 128), (127, 3)]
+    [(1, 1), (32, 32), (40, 100), (100, 40), (64, 64), (65, 33), (96, 80), (128, 128), (127, 3)]
     + [(192, 128), (17, 256), (256, 200)],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -181,9 +177,7 @@ def test_gate_in_float32_beside_bfloat16(gate: str) -> None:
     wide = cast(tensors, BF16) | {"gate": tensors["gate"].float()}
     out = run(wide)[0]
     exact, narrow = cast(wide, torch.float64), cast(wide, BF16)
-    truth, plain = (
-        attnvariants.reference.gated_sdpa.gated_sdpa(**x, upcast=False) for x in (exact, narrow)
-    )
+    truth, plain = (definition(**x, upcast=False) for x in (exact, narrow))
     row = within("out", out, truth, float((plain - truth).abs().max()), BF16)
     assert row.ok, row
 
@@ -213,9 +207,13 @@ def test_statistics_of_negative_logits(dtype: torch.dtype) -> None:
     torch.testing.assert_close(lse[0, :, 0], torch.arange(1, 71).float().log() - 2)
     _, max_logit, _ = run({"q": ones, "k": torch.zeros_like(ones), "v": -ones})
     assert torch.equal(max_logit, torch.zeros(2))
-    tiny = {"q": 1e-23 * ones, "k": -1e-23 * ones, "v": ones}  # their product is -0
-    if dtype != F16:
-        assert torch.equal(run(tiny)[1], torch.zeros(2))
+
+
+def test_the_largest_logit_may_be_minus_zero() -> None:
+    """Its bits come before those of -inf in the order of integers."""
+    tiny = torch.full((1, 70, 2, 64), 1e-24, dtype=BF16)
+    _, max_logit, _ = run({"q": tiny, "k": -tiny, "v": tiny})
+    assert torch.equal(max_logit, torch.zeros(2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -257,8 +255,6 @@ def test_blocks_of_packed_sequences(activation: str) -> None:
 @pytest.mark.parametrize("activation", ["softmax", "relu"])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_statistics_of_blocks(dtype: torch.dtype, activation: str) -> None:
-    from attnvariants.ops.diag_attention import diag_attention_with_stats
-
     tensors = cast(draw(length=100), dtype)
     options: dict[str, Any] = {"block_size": 30, "activation": activation, "softmax_scale": -0.3}
     out, largest = diag_attention_with_stats(**tensors, **options, impl="cuda")
@@ -305,7 +301,7 @@ def test_expanded_tensors() -> None:
     assert_identical(run(tensors), run({name: x.contiguous() for name, x in tensors.items()}))
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_order_of_threads_and_blocks_does_not_matter(
     dtype: torch.dtype, dim: int, controls: ctypes.CDLL
@@ -372,94 +368,3 @@ def test_any_call(
         gate=gate,
     )
     check(tensors, dtype, window=tuple(window), causal=causal)
-
-
-# Beside Triton, and PyTorch around it.
-
-
-@pytest.mark.parametrize("dtype", [F16, F32])
-@pytest.mark.parametrize("function", ["ls_attention", "diag_attention"])
-def test_the_same_as_triton(function: str, dtype: torch.dtype) -> None:
-    pytest.importorskip("triton")
-    tensors = cast(draw(batch=1, length=70, heads=2), dtype)
-    options: dict[str, Any] = {"window": (None, 9)} if function == "ls_attention" else {}
-    call = getattr(attnvariants, function)
-    found, other = (call(**tensors, **options, impl=impl) for impl in ("cuda", "triton"))
-    definition = getattr(getattr(attnvariants.reference, function), function)
-    options |= {} if function == "ls_attention" else {"upcast": False}
-    truth, plain = (definition(**cast(tensors, x), **options) for x in (torch.float64, dtype))
-    row = within("out", found, other.double(), float((plain - truth).abs().max()), dtype)
-    assert row.ok, row
-
-
-def test_compile() -> None:
-    def call(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        out, stats = ls_attention(
-            q, k, v, gate=gate, window=(9, None), return_stats=True, impl="cuda"
-        )
-        return out * 2, diag_attention(q, k, v, impl="cuda") + stats.lse[..., None]
-
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    for length in (70, 40):
-        tensors = cast(draw(length=length, kv_heads=2, gate="elementwise"), BF16).values()
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(*tensors), call(*tensors), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("stats", [True, False])
-def test_operators(stats: bool) -> None:
-    tensors = cast(draw(batch=1, gate="elementwise"), BF16)
-    q, k, v, gate = tensors.values()
-    arguments = (q, k, v, gate, bounds(12, 8), [-1, 3, 3, -1], True, 0.3, "sigmoid", stats, "cuda")
-    torch.library.opcheck(torch.ops.attnvariants.softmax_forward.default, arguments)
-    for activation in ("softmax", "relu"):
-        arguments = (q, k, v, None, 7, activation, True, 0.3, stats, "cuda")
-        torch.library.opcheck(torch.ops.attnvariants.diag_forward.default, arguments)
-
-
-def test_autocast() -> None:
-    tensors = cast(draw(length=20, gate="headwise"), F32)
-    with torch.autocast("cpu", BF16):
-        found = gated_sdpa(**tensors, impl="cuda")
-    assert torch.equal(found, gated_sdpa(**cast(tensors, BF16), impl="cuda"))
-
-
-def test_inputs_are_left_alone() -> None:
-    tensors = cast(draw(length=40, gate="elementwise"), BF16)
-    copies = {name: x.clone() for name, x in tensors.items()}
-    run(tensors, softmax_scale=-1.0)
-    assert all(torch.equal(x, copies[name]) for name, x in tensors.items())
-
-
-@pytest.mark.parametrize("function", ["gated_sdpa", "ls_attention", "diag_attention"])
-@pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_a_call_with_a_gradient_is_for_others(function: str, name: str) -> None:
-    tensors = cast(draw(), F32)
-    tensors[name].requires_grad_()
-    options: dict[str, Any] = {"window": 9} if function == "ls_attention" else {}
-    call = getattr(attnvariants, function)
-    message = rf"{function}: impl='cuda'.*no backward.*gradient.*These can: 'triton', 'eager'"
-    with pytest.raises(NotImplementedError, match=message):
-        call(**tensors, **options, impl="cuda")
-    with torch.no_grad():
-        expected = call(**tensors, **options, impl="cuda")
-        assert torch.equal(call(**tensors, **options), expected)  # "auto", beside an interpreter
-    (gradient,) = torch.autograd.grad(call(**tensors, **options).sum(), tensors[name])
-    assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.function)
-def test_the_check_of_an_installation(case: Case, dtype: torch.dtype) -> None:
-    rows = check_case(case, "cuda", dtype, torch.device("cpu"))
-    assert {row.name for row in rows} <= {"out", "max_logit", "lse"}
-    assert all(row.ok for row in rows), rows
-
-
-def test_windows_that_change_too_often_are_for_others() -> None:
-    tensors = cast(draw(batch=1, length=3, heads=140, key_dim=2), BF16)
-    many = tuple(1 + i % 2 for i in range(140))
-    with pytest.raises(NotImplementedError, match=r"change up to 127 times .* got 139 times"):
-        ls_attention(**tensors, window=many, impl="cuda")
-    ls_attention(**tensors, window=many)
-    check(tensors, BF16, "ls_attention", window=tuple(1 + i // 2 % 2 for i in range(140)))

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "fibers.h"
+#include "warps.h"
 
 #define __global__
 #define __device__
