@@ -104,27 +104,4 @@ __device__ __forceinline__ void load_rows(
   }
 }
 
-// Stores the 16 rows from `row` on by one warp, which has written them before, to global rows from
-// `first` on.
-template <typename T, int kRows, int kCols, bool kPadded>
-__device__ __forceinline__ void store_warp_rows(
-    const SharedTile<T, kRows, kCols, kPadded>& tile, int row, const GlobalRows<T>& to, int first) {
-  constexpr int kChunks = SharedTile<T, kRows, kCols, kPadded>::kChunks;
-#pragma unroll 4
-  for (int index = lane_index(); index < 16 * kChunks; index += 32) {
-    const int r = index / kChunks, col = index % kChunks * kChunk<T>;
-    if (first + r >= to.rows || col >= to.cols) continue;
-    const T* source = tile.at(row + r, col);
-    T* target = to.data + (first + r) * to.stride + col;
-    if (to.aligned) {
-      *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(source);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) {
-        if (col + i < to.cols) target[i] = source[i];
-      }
-    }
-  }
-}
-
 }  // namespace attnvariants

@@ -167,8 +167,8 @@ __device__ __forceinline__ void multiply_step(
   }
 }
 
-// A warp's 16 rows of a left operand, a step of columns at a time: kept in registers, read from
-// shared memory whenever they are needed, or those of a transposed tile.
+// A warp's 16 rows of a left operand, a step of columns at a time: kept in registers, or read from
+// shared memory whenever they are needed.
 template <typename T, int kCols_>
 struct RegisterRows {
   static constexpr int kCols = kCols_, kUnroll = kCols;  // no index is known at run time only
@@ -196,19 +196,6 @@ struct SharedRows<SharedTile<T, kRows, kCols_, kPadded>> {
   }
   __device__ __forceinline__ Left<T> step(int i) const {
     return load_left(tile, row, i * kStep<T>);
-  }
-};
-
-template <typename Tile>
-struct TransposedRows;
-template <typename T, int kRows, int kCols_, bool kPadded>
-struct TransposedRows<SharedTile<T, kRows, kCols_, kPadded>> {
-  static constexpr int kCols = kRows, kUnroll = sizeof(T) == 4 ? 2 : 4;
-  SharedTile<T, kRows, kCols_, kPadded> tile;
-  int col;
-
-  __device__ __forceinline__ Left<T> step(int i) const {
-    return load_left_transposed(tile, i * kStep<T>, col);
   }
 };
 

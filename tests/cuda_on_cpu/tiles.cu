@@ -82,6 +82,20 @@ struct Products {
   bool aligned, in_registers;
 };
 
+// A warp's 16 rows of a transposed tile.
+template <typename Tile>
+struct TransposedRows;
+template <typename T, int kRows, int kCols_, bool kPadded>
+struct TransposedRows<SharedTile<T, kRows, kCols_, kPadded>> {
+  static constexpr int kCols = kRows, kUnroll = sizeof(T) == 4 ? 2 : 4;
+  SharedTile<T, kRows, kCols_, kPadded> tile;
+  int col;
+
+  __device__ __forceinline__ Left<T> step(int i) const {
+    return load_left_transposed(tile, i * kStep<T>, col);
+  }
+};
+
 template <typename T, int kK, int kN>
 __global__ void products(const Products p) {
   constexpr int kRows = 32, kThreads = 64;
@@ -138,8 +152,11 @@ __global__ void products(const Products p) {
   }
   same.template write<T>(out, row);
   __syncwarp();
-  store_warp_rows(
-      out, row, GlobalRows<T>{static_cast<T*>(p.copy), p.cols, p.rows, p.cols, p.aligned}, row);
+  for (int r = row + lane_index(); r < min(row + 16, p.rows); r += 32) {
+    for (int col = 0; col < p.cols; ++col) {
+      static_cast<T*>(p.copy)[r * p.cols + col] = *out.at(r, col);
+    }
+  }
 }
 
 template <typename... Parameters, typename... Arguments>
