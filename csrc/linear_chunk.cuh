@@ -14,7 +14,7 @@ namespace attnvariants {
 
 inline constexpr int kSlice = 64;   // key channels
 inline constexpr int kValues = 64;  // columns of a tile of the values, for 4 warps
-inline constexpr int kGroups = 8;  // of a chunk's rows
+inline constexpr int kGroups = 8;    // of a chunk's rows
 inline constexpr int kMaxWarps = 8;
 inline constexpr int kMaxSlices = 4;
 inline constexpr int kMaxLevels = 6;

@@ -52,9 +52,9 @@ __device__ __forceinline__ void store_columns(
 template <typename T>
 __device__ __forceinline__ void finish(
     const LinearDecode& p, int b, int t, int h, int col, float o) {
+  o = weigh_and_gate<T>(p.epilogue, b, t, h, col, o);
   const int64_t row = (static_cast<int64_t>(b) * p.steps + t) * p.heads + h;
-  static_cast<T*>(p.out)[row * p.value_dim + col] =
-      from_float<T>(weigh_and_gate<T>(p.epilogue, b, t, h, col, o));
+  static_cast<T*>(p.out)[row * p.value_dim + col] = from_float<T>(o);
 }
 
 // The outputs of all tokens of one head, or of all heads of a row. A warp takes one row at a time.

@@ -17,8 +17,6 @@ struct LinearDecode {
   float* state;   // [B, H, K, V], updated
   int* lengths;   // [B], advanced by Q; null
   void* out;      // contiguous [B, Q, H, V]
-  LogDecay decay;
-  LinearEpilogue epilogue;
 
   // With a norm: what its last block needs of the others.
   float* o;            // contiguous [B, Q, H, V]
@@ -26,10 +24,12 @@ struct LinearDecode {
   unsigned* arrivals;  // [B * H]; all 0 before and after a launch
 
   Strides q_strides, k_strides, v_strides;
-  int64_t state_batch, state_head, state_row;  // strides
-  int batch, steps, heads, key_dim, value_dim;
-  float scale;
   Map feature_map;
+  int batch, steps, heads, key_dim, value_dim;
+  LogDecay decay;
+  LinearEpilogue epilogue;
+  int64_t state_batch, state_head, state_row;  // strides
+  float scale;
   bool state_aligned;  // rows start at multiples of 16 bytes
 };
 

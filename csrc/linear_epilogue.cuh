@@ -10,7 +10,7 @@ namespace attnvariants {
 
 template <typename T>
 __device__ __forceinline__ float weigh_and_gate(
-    const LinearEpilogue& p, int b, int64_t t, int h, int col, float o) {
+    const LinearEpilogue& p, int b, int t, int h, int col, float o) {
   if (p.norm_weight != nullptr) {
     o *= load_either<T>(p.norm_weight, h * p.weight_head + col, p.weight_is_float);
   }

@@ -27,13 +27,13 @@ struct LinearForward {
   bool q_aligned, k_aligned, v_aligned;  // see load_run
 
   // Filled by plan_linear_forward.
-  int warps;         // of a block
-  int value_tiles;   // blocks of a head, which share out the values
-  int span;          // tokens of a segment
-  int slots;         // segments of all sequences, some of them unused if packed
-  int decay_width;   // K per channel, 1 per token, 0 without a decay
-  bool whole;        // every sequence is one segment
-  bool norm_later;   // a norm over more than a block holds takes a pass of its own
+  int warps;        // of a block
+  int value_tiles;  // blocks of a head, which share out the values
+  int span;         // tokens of a segment
+  int slots;        // segments of all sequences, some of them unused if packed
+  int decay_width;  // K per channel, 1 per token, 0 without a decay
+  bool whole;       // every sequence is one segment
+  bool norm_later;  // a norm over more than a block holds takes a pass of its own
 
   // Scratch.
   float* own;      // unless whole: states of the segments, [slots, H, K, V]

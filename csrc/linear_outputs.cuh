@@ -102,7 +102,7 @@ struct ChunkOutputs {
     const int block_row = lane / 2, row = block * kBlock + block_row;
     const int first = lane % 2 * kRun;
     if (row >= place.live || col + first >= p.value_dim) return;
-    const int64_t token = place.first + row;
+    const int token = static_cast<int>(place.first) + row;
     const int64_t out_row =
         (place.batch * static_cast<int64_t>(p.length) + token) * p.heads + place.head;
     float factor = 1.0f;
@@ -159,12 +159,12 @@ linear_norm_kernel(const __grid_constant__ LinearForward p) {
   T* out = static_cast<T*>(p.out) + row * p.value_dim;
   const bool aligned = p.value_dim % kRun == 0;
   Run<T> run = load_run(out, col, p.value_dim, aligned);
-  const int b = static_cast<int>(token / p.length);
+  const int b = static_cast<int>(token / p.length), t = static_cast<int>(token % p.length);
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
     if (col + i >= p.value_dim) break;
-    run.x[i] = from_float<T>(weigh_and_gate<T>(
-        p.epilogue, b, token % p.length, head, col + i, to_float(run.x[i]) * factor));
+    const float o = to_float(run.x[i]) * factor;
+    run.x[i] = from_float<T>(weigh_and_gate<T>(p.epilogue, b, t, head, col + i, o));
   }
   store_run(out, col, p.value_dim, aligned, run);
 }
