@@ -13,14 +13,18 @@ _LONGEST = 2**31 - 1  # of an int32 length
 class RecurrentState:
     """The running state ``S [K, V]`` of every head, updated in place by each decode step.
 
-    Always float32 or wider: a bf16 state loses 4 to 24 % within 64k tokens.
+    Float32 or wider, unless bfloat16 is asked for: that halves the bytes of a step, and rounds the
+    state once in every call. Steps of one token on random inputs then leave an error of the state
+    (relative rms, K = V = 64) of 0.2 % with GLA's ``logsigmoid`` decay, 0.5 % with a sixteenth of
+    it and 1 % with a constant decay of 1/64. Without a decay it grows, to 4 % after 1,024 tokens
+    and 14 % after 16,384.
 
     Args:
         batch_size: rows ``B``.
         num_heads: heads ``H``.
         key_dim: head dim ``K`` of keys, up to 256.
         value_dim: head dim ``V`` of values, up to 256.
-        dtype: float32, or float64 for float64 inputs.
+        dtype: float32, bfloat16 (see above), or float64 for float64 inputs.
         device: of the state; the default device where ``None``.
 
     Attributes:
@@ -47,7 +51,9 @@ class RecurrentState:
         _checks.positive_int("RecurrentState", "num_heads", num_heads)
         _checks.head_dim("RecurrentState", "key_dim", key_dim)
         _checks.head_dim("RecurrentState", "value_dim", value_dim)
-        _checks.dtype_option("RecurrentState", "dtype", dtype, (torch.float32, torch.float64))
+        _checks.dtype_option(
+            "RecurrentState", "dtype", dtype, (torch.float32, torch.float64, torch.bfloat16)
+        )
         self.batch_size = batch_size
         self.num_heads = num_heads
         self.key_dim = key_dim
@@ -80,7 +86,7 @@ class RecurrentState:
         """Takes over the final state of a call that started from this one.
 
         Args:
-            state: ``[B, H, K, V]``, copied in place.
+            state: ``[B, H, K, V]``, copied in place; float32 is rounded where this one is bf16.
             length: tokens of that call, ``T``.
             cu_seqlens: int32 ``[B + 1]`` where the call was packed; ``length`` is then the total.
 
@@ -91,7 +97,8 @@ class RecurrentState:
         shapes = _checks.Shapes("RecurrentState.update")
         shapes.sizes = dict(zip("BHKV", self.state.shape, strict=True))
         shapes.bind("state", state, "B H K V")
-        _checks.dtype_among("RecurrentState.update", "state", state, [self.dtype])
+        accepted = [self.dtype, *([torch.float32] if self.dtype == torch.bfloat16 else [])]
+        _checks.dtype_among("RecurrentState.update", "state", state, accepted)
         _checks.same_device("RecurrentState.update", state=state, buffer=self.state)
         _checks.positive_int("RecurrentState.update", "length", length)
         if cu_seqlens is not None:

@@ -28,24 +28,50 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-__device__ __forceinline__ float4 load_columns(const float* row, int col, int size, bool aligned) {
-  if (aligned) {
-    return col < size ? *reinterpret_cast<const float4*>(row + col) : float4{0, 0, 0, 0};
+// Four columns of a row of the state, which holds numbers of type S.
+template <typename S>
+struct alignas(kVector * sizeof(S)) Columns {
+  S x[kVector];
+};
+
+template <typename S>
+__device__ __forceinline__ float4 load_columns(const S* row, int col, int size, bool aligned) {
+  Columns<S> columns;
+  if (aligned && col < size) {
+    columns = *reinterpret_cast<const Columns<S>*>(row + col);
+  } else {
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) {
+      columns.x[c] = col + c < size ? row[col + c] : from_float<S>(0.0f);
+    }
   }
-  return {col < size ? row[col] : 0.0f, col + 1 < size ? row[col + 1] : 0.0f,
-          col + 2 < size ? row[col + 2] : 0.0f, col + 3 < size ? row[col + 3] : 0.0f};
+  const S* x = columns.x;
+  return {to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])};
 }
 
+template <typename S>
 __device__ __forceinline__ void store_columns(
-    float* row, int col, int size, bool aligned, const float4& x) {
-  if (aligned) {
-    if (col < size) *reinterpret_cast<float4*>(row + col) = x;
+    S* row, int col, int size, bool aligned, const float4& x) {
+  const Columns<S> columns = {
+      {from_float<S>(x.x), from_float<S>(x.y), from_float<S>(x.z), from_float<S>(x.w)}};
+  if (aligned && col < size) {
+    *reinterpret_cast<Columns<S>*>(row + col) = columns;
     return;
   }
-  if (col < size) row[col] = x.x;
-  if (col + 1 < size) row[col + 1] = x.y;
-  if (col + 2 < size) row[col + 2] = x.z;
-  if (col + 3 < size) row[col + 3] = x.w;
+#pragma unroll
+  for (int c = 0; c < kVector; ++c) {
+    if (col + c < size) row[col + c] = columns.x[c];
+  }
+}
+
+// Calls f with a thread's rows of the state of a head and with the addresses of their first columns.
+template <int kRows, typename S, typename F>
+__device__ __forceinline__ void for_rows(const LinearDecode& p, S* state, int thread_row, F f) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int row = thread_row + i * kRowThreads;
+    if (row < p.key_dim) f(i, state + row * p.state_row);
+  }
 }
 
 // One element of the output, stored.
@@ -118,14 +144,15 @@ linear_decode_kernel(const __grid_constant__ LinearDecode p) {
     p.lengths[b] += p.steps;
   }
 
-  float* state = p.state + b * p.state_batch + h * p.state_head;
-  float4 s[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int row = thread_row + i * kRowThreads;
-    s[i] = row < p.key_dim ? load_columns(state + row * p.state_row, col, p.value_dim,
-                                          p.state_aligned)
-                           : float4{0, 0, 0, 0};
+  const int64_t head_state = b * p.state_batch + h * p.state_head;
+  float4 s[kRows] = {};
+  const auto load = [&](int i, const auto* row) {
+    s[i] = load_columns(row, col, p.value_dim, p.state_aligned);
+  };
+  if (p.state_is_float) {
+    for_rows<kRows>(p, static_cast<const float*>(p.state) + head_state, thread_row, load);
+  } else {
+    for_rows<kRows>(p, static_cast<const __nv_bfloat16*>(p.state) + head_state, thread_row, load);
   }
   for (int t = 0; t < p.steps; ++t) {
     load_token<T>(p, b, t, h, q, k, decay);
@@ -175,12 +202,13 @@ linear_decode_kernel(const __grid_constant__ LinearDecode p) {
     }
     // warp_o is written again only behind the next token's first barrier.
   }
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int row = thread_row + i * kRowThreads;
-    if (row < p.key_dim) {
-      store_columns(state + row * p.state_row, col, p.value_dim, p.state_aligned, s[i]);
-    }
+  const auto store = [&](int i, auto* row) {
+    store_columns(row, col, p.value_dim, p.state_aligned, s[i]);
+  };
+  if (p.state_is_float) {
+    for_rows<kRows>(p, static_cast<float*>(p.state) + head_state, thread_row, store);
+  } else {
+    for_rows<kRows>(p, static_cast<__nv_bfloat16*>(p.state) + head_state, thread_row, store);
   }
 
   if (p.epilogue.norm == Norm::kNone) return;

@@ -14,7 +14,7 @@ struct LinearDecode {
   const void* q;  // [B, Q, H, K]; rows of all tensors are contiguous
   const void* k;  // [B, Q, H, K]
   const void* v;  // [B, Q, H, V]
-  float* state;   // [B, H, K, V], updated
+  void* state;    // [B, H, K, V], fp32 or bf16, updated
   int* lengths;   // [B], advanced by Q; null
   void* out;      // contiguous [B, Q, H, V]
 
@@ -30,7 +30,8 @@ struct LinearDecode {
   LinearEpilogue epilogue;
   int64_t state_batch, state_head, state_row;  // strides
   float scale;
-  bool state_aligned;  // rows start at multiples of 16 bytes
+  bool state_is_float;  // else bf16
+  bool state_aligned;   // rows start at multiples of 16 bytes
 };
 
 inline int blocks_of_a_head(const LinearDecode& call) {

@@ -20,7 +20,8 @@ void linear_decode(
   call.q = q.const_data_ptr();
   call.k = k.const_data_ptr();
   call.v = v.const_data_ptr();
-  call.state = float_pointer(state);
+  call.state = state.mutable_data_ptr();
+  call.state_is_float = is_float(state);
   call.out = out.mutable_data_ptr();
   call.q_strides = strides_of(q);
   call.k_strides = strides_of(k);

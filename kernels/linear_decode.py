@@ -53,7 +53,7 @@ def attend(
     k: Tensor,  # [B, Q, H, K]
     v: Tensor,  # [B, Q, H, V]
     g: Tensor | None,  # [B, Q, H, K], [B, Q, H] or [H]
-    state: Tensor,  # fp32 [B, H, K, V]
+    state: Tensor,  # fp32 or bf16 [B, H, K, V]
     lengths: Tensor | None,  # int32 [B]
     norm_weight: Tensor | None,  # [H, V] or [V]
     gate: Tensor | None,  # [B, Q, H, V] or [B, Q, H]
@@ -171,7 +171,7 @@ def _advance_state(
     mask = (rows < K)[:, None] & live[None, :]
     offsets = rows[:, None] * state.time + cols[None, :] * state.dim
     p_state = locate(state, i_b, i_h, 0) + offsets
-    b_state = tl.load(p_state, mask=mask, other=0.0)  # [BK, BV]
+    b_state = tl.load(p_state, mask=mask, other=0.0).to(tl.float32)  # [BK, BV]
     for t in range(steps):
         b_q = _load_features(inputs.q, i_b, i_h, t, rows, K, MAP) * scale
         b_k = _load_features(inputs.k, i_b, i_h, t, rows, K, MAP)
@@ -191,7 +191,7 @@ def _advance_state(
         else:
             tl.store(unfinished.o + row * V + cols, b_o, mask=live)
             tl.store(unfinished.squares + row * NV + i_v, tl.sum(b_o * b_o, 0))
-    tl.store(p_state, b_state, mask=mask)
+    tl.store(p_state, cast(b_state, state.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -63,6 +63,22 @@ def decode(
     return {"out": torch.cat(outputs, dim=1), "state": state.state}
 
 
+def check_bf16_state(impl: str, norm: str | None, value_dim: int) -> None:
+    """A step from a bf16 state is the step from the same numbers in fp32, rounded at the end."""
+    tensors = {
+        name: x.bfloat16() for name, x in draw(2, 3, 3, key_dim=20, value_dim=value_dim).items()
+    }
+    tensors["g"] = log_decay((2, 3, 3, 20)).float()
+    narrow = RecurrentState(2, 3, 20, value_dim, dtype=torch.bfloat16)
+    narrow.update(torch.randn(2, 3, 20, value_dim), 5)
+    wide = narrow.state.float()
+    expected = linear_attention_decode(**tensors, state=wide, norm=norm, impl=impl)
+    out = linear_attention_decode(**tensors, state=narrow, norm=norm, impl=impl)
+    assert torch.equal(out, expected)
+    assert torch.equal(narrow.state, wide.bfloat16())
+    assert narrow.lengths.tolist() == [8, 8]
+
+
 def whole(tensors: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
     """The whole sequence in float64: with a feature map by the masked left product."""
     inputs = {name: x.double() for name, x in tensors.items()}

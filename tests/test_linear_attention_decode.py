@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from linear_decode_checks import F32, assert_decodes, cut, decode, draw, log_decay
+from linear_decode_checks import F32, assert_decodes, check_bf16_state, cut, decode, draw, log_decay
 from torch import Tensor
 
 from attnvariants import RecurrentState, linear_attention_decode
@@ -228,3 +228,10 @@ def test_empty_step() -> None:
     empty = {name: x[:, :0] for name, x in good().items() if name in "qkv"}
     with pytest.raises(ValueError, match="dimension Q must be at least 1, got 0"):
         linear_attention_decode(**good() | empty)
+
+
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+@pytest.mark.parametrize("norm", ["model", "head", None])
+@pytest.mark.parametrize("value_dim", [24, 7])
+def test_bf16_state(value_dim: int, norm: str | None, impl: str) -> None:
+    check_bf16_state(impl, norm, value_dim)

@@ -12,7 +12,7 @@ from cuda_build import cuda_on_cpu
 from decode_checks import spread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from linear_decode_checks import F32, assert_decodes, decode, draw, log_decay
+from linear_decode_checks import F32, assert_decodes, check_bf16_state, decode, draw, log_decay
 from torch import Tensor
 
 from attnvariants import RecurrentState, linear_attention_decode
@@ -191,3 +191,9 @@ def test_counters_are_zero_between_steps(norm: str) -> None:
     for _ in range(3):
         linear_attention_decode(**tensors, g=None, state=state, norm=norm, impl="cuda")
         assert not _cuda._arrivals[state.lengths].any()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("value_dim", [24, 7])
+def test_bf16_state(value_dim: int, norm: str | None) -> None:
+    check_bf16_state("cuda", norm, value_dim)

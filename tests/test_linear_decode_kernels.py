@@ -12,7 +12,7 @@ from attnvariants.kernels._feature_map import apply_map
 from decode_checks import spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_decode_checks import F32, assert_decodes, draw, log_decay
+from linear_decode_checks import F32, assert_decodes, check_bf16_state, draw, log_decay
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -201,3 +201,9 @@ def test_columns_of_a_program(arguments: tuple[Any, ...], columns: int) -> None:
     config = linear_decode.configure(*arguments)
     assert columns == config.BV
     assert config.warps == max(1, arguments[1] * columns // 1024)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("value_dim", [24, 7])
+def test_bf16_state(value_dim: int, norm: str | None) -> None:
+    check_bf16_state("triton", norm, value_dim)

@@ -25,6 +25,14 @@ def test_float64() -> None:
     assert RecurrentState(1, 1, 2, 2, dtype=torch.float64).state.dtype == torch.float64
 
 
+def test_bf16_takes_float32_rounded() -> None:
+    state = RecurrentState(2, 3, 4, 5, dtype=torch.bfloat16)
+    new = torch.randn(2, 3, 4, 5)
+    state.update(new, 7)
+    assert torch.equal(state.state, new.bfloat16())
+    assert state.nbytes == 2 * 3 * 4 * 5 * 2 + 2 * 4
+
+
 def test_update_copies_in_place() -> None:
     state = RecurrentState(2, 3, 4, 5)
     address = state.state.data_ptr()
@@ -70,7 +78,11 @@ def test_update_compiles() -> None:
         ({"num_heads": 1.5}, TypeError, "num_heads must be an int"),
         ({"key_dim": 300}, ValueError, "key_dim must be at most 256, got 300"),
         ({"value_dim": 0}, ValueError, "value_dim must be at least 1"),
-        ({"dtype": torch.bfloat16}, ValueError, "dtype must be one of float32, float64, got bfloa"),
+        (
+            {"dtype": torch.float16},
+            ValueError,
+            "dtype must be one of float32, float64, bfloat16, got",
+        ),
         ({"dtype": "float32"}, TypeError, "dtype must be a torch.dtype"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnvariants._checks import state_dtype
 from attnvariants.eager._epilogue import FEATURE_MAPS, Epilogue
 
 
@@ -23,8 +24,12 @@ def attend(
     eps: float,
     gate_activation: str | None,
 ) -> Tensor:
-    """One read-modify-write of the state per token; then the epilogue, in the state's dtype."""
-    wide, dtype, shape = state.dtype, v.dtype, v.shape
+    """One read-modify-write of the state per token; then the epilogue, in the state's dtype.
+
+    A bf16 state is widened first and rounded at the end.
+    """
+    wide, dtype, shape = state_dtype(v.dtype), v.dtype, v.shape
+    narrow, state = state, state.to(wide)
     phi = FEATURE_MAPS[feature_map].value
     q, k, v = phi(q.to(wide)) * scale, phi(k.to(wide)), v.to(wide)
     decay = None if g is None else _per_channel(g.to(wide).exp(), q)  # [B, Q, H, K or 1]
@@ -34,6 +39,8 @@ def attend(
             state.mul_(decay[:, t, :, :, None])
         state.addcmul_(k[:, t, :, :, None], v[:, t, :, None])
         outputs.append((q[:, t, :, None] @ state).squeeze(2))  # [B, H, V]
+    if narrow is not state:
+        narrow.copy_(state)
     if lengths is not None:
         lengths.add_(shape[1])
     o = torch.stack(outputs, dim=1).flatten(0, 1)  # [B * Q, H, V]

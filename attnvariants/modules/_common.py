@@ -232,7 +232,8 @@ class RecurrentLayer(AttentionLayer):
     ) -> RecurrentState:
         """An empty state for ``batch_size`` rows; its size does not depend on ``max_length``.
 
-        ``dtype`` is float32 (float64 for a float64 layer), whatever the layer's own.
+        ``dtype`` is float32 (float64 for a float64 layer), whatever the layer's own; bfloat16 has
+        to be asked for, see :class:`~attnvariants.RecurrentState`.
         """
         _checks.positive_int(f"{type(self).__name__}.init_cache", "max_length", max_length)
         weight = self.q_proj.weight
@@ -273,7 +274,7 @@ class RecurrentLayer(AttentionLayer):
         past = filled(cache)
         if past is not None and length <= MAX_STEPS:
             return step(state=past)
-        start = None if past is None else past.state.clone()
+        start = None if past is None else widen(past.state.clone())
         out, state = self._call(full, cu_seqlens=cu_seqlens, initial_state=start, return_state=True)
         cache.update(state, length, cu_seqlens)
         return out

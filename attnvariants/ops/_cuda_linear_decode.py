@@ -22,7 +22,7 @@ def attend(
     k: Tensor,  # [B, Q, H, K]
     v: Tensor,  # [B, Q, H, V]
     g: Tensor | None,  # [B, Q, H, K], [B, Q, H] or [H]
-    state: Tensor,  # fp32 [B, H, K, V]
+    state: Tensor,  # fp32 or bf16 [B, H, K, V]
     lengths: Tensor | None,  # int32 [B]
     norm_weight: Tensor | None,  # [H, V] or [V]
     gate: Tensor | None,  # [B, Q, H, V] or [B, Q, H]

@@ -53,7 +53,8 @@ def linear_attention_decode(
         g: log-decay of at most 0: ``[B, Q, H, K]`` per channel, ``[B, Q, H]`` per token, ``[H]``
             constant, or ``None``; in ``q``'s dtype or float32. ``-inf`` is a hard reset.
         state: :class:`RecurrentState`, or a tensor ``[B, H, K, V]`` in float32 (float64 for
-            float64 inputs); updated in place.
+            float64 inputs); updated in place. A bf16 state is read and written in half the bytes;
+            every call computes in float32 and rounds it once, see :class:`RecurrentState`.
         scale: ``None`` is ``K ** -0.5``.
         feature_map: phi: ``"elu+1"``, ``"elu"``, ``"relu"``, ``"silu"`` or ``None``.
         norm: ``"model"`` is RMSNorm over all heads together, ``"head"`` per head, ``None`` off.
@@ -104,7 +105,8 @@ def linear_attention_decode(
     for name, tensor in (("g", g), ("norm_weight", norm_weight), ("gate", gate)):
         if tensor is not None:
             _checks.dtype_among(function, name, tensor, (dtype, wide))
-    _checks.dtype_among(function, "state", buffer, (wide,))
+    narrow = () if wide == torch.float64 else (torch.bfloat16,)
+    _checks.dtype_among(function, "state", buffer, (wide, *narrow))
     impl = select(function, impl, q.device, q.dtype)
 
     if impl == "reference":

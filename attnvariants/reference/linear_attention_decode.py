@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from attnvariants.recurrent_state import RecurrentState
@@ -30,6 +31,7 @@ def linear_attention_decode(
     dtype = v.dtype
     q, k, v = upcast_half(upcast, q, k, v)
     buffer = state.state if isinstance(state, RecurrentState) else state
+    initial = buffer.float() if buffer.dtype == torch.bfloat16 else buffer
     out, final = gated_linear_attention(
         FEATURE_MAPS[feature_map](q),
         FEATURE_MAPS[feature_map](k),
@@ -41,7 +43,7 @@ def linear_attention_decode(
         eps=eps,
         gate=gate,
         gate_activation=gate_activation,
-        initial_state=buffer,
+        initial_state=initial,
         return_state=True,
         upcast=upcast,
     )
