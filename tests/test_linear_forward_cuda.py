@@ -13,7 +13,7 @@ from cuda_build import cuda_on_cpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from linear_checks import INF, LOG_DECAYS, draw, log_decay, qkv, run, states
-from oracle import assert_matches_definition
+from oracle import assert_matches_definition, assert_within_budget
 from torch import Tensor
 
 from attnvariants import linear_attention_decode, norm_linear_attention
@@ -323,16 +323,16 @@ def test_nothing_passes_a_reset(kind: str, reset: int) -> None:
 
 @pytest.mark.parametrize("processors", [1, 1000])
 def test_errors_do_not_compound_over_chunks(processors: int, controls: ctypes.CDLL) -> None:
-    """A decay that float32 rounds away, per token and per chunk, is still right over 512 chunks."""
+    """A decay that float32 rounds badly per chunk is still right over 512 chunks."""
     controls.cuda_on_cpu_processors(processors)
     decay = torch.tensor([-9e-10])  # exp(32 decay) lies between 1 and the number before it
-    q, k, v = (torch.ones(1, 2**14, 1, 2) for _ in range(3))
+    q, k, v = (torch.rand(1, 2**14, 1, 2) for _ in range(3))
     options = {"feature_map": None, "norm": None, "return_state": True, "impl": "cuda"}
     _, state = norm_linear_attention(q, k, v, decay=decay, **options)
     start = torch.zeros(1, 1, 2, 2)
     plain = final_state(k, v, decay, start)
     truth = final_state(k.double(), v.double(), decay.double(), start.double())
-    assert (state - truth).abs().max() < (plain - truth).abs().max() / 4
+    assert_within_budget(state, truth, plain)
 
 
 # --- layouts, threads, and other implementations
