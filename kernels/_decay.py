@@ -79,40 +79,50 @@ def sum_rows(picks, b_x, like):
 
 
 @triton.jit
-def running_sum(b_g, REVERSE: tl.constexpr):
-    """Sums of the rows of ``g [BT, BD]`` up to each, itself included; ``REVERSE``: from each on.
-
-    Triton 3.6 does not scan a single column.
-    """
+def chunk_sum(b_g, rows, like, PART: tl.constexpr):
+    """For every row of ``g [BT, BD]`` the sum of the rows "up to" it, "from" it on, or "behind" it."""
+    if PART == "up to":
+        picks = rows[None, :] <= rows[:, None]
+    elif PART == "from":
+        picks = rows[None, :] >= rows[:, None]
+    else:
+        picks = rows[None, :] > rows[:, None]
     if b_g.shape[1] == 1:
-        rows = tl.arange(0, b_g.shape[0])
-        if REVERSE:
-            picks = rows[None, :] >= rows[:, None]
-        else:
-            picks = rows[None, :] <= rows[:, None]
         b_sum = tl.sum(tl.where(picks, tl.trans(b_g), 0.0), 1)[:, None]
     else:
-        b_sum = tl.cumsum(b_g, 0, reverse=REVERSE)
+        b_sum = sum_rows(picks, b_g, like)
     return b_sum
 
 
 @triton.jit
-def level_decay(b_g, rows, level, like):
-    """The factors ``[BT, BK]`` of every row at a level, and whether a row is a query there."""
-    half = rows >> level
-    is_query = (half & 1) == 1
-    # Of its half a query takes the rows up to itself, a key those behind it.
-    near = (rows[None, :] <= rows[:, None]) == is_query[:, None]
-    picks = (half[:, None] == half[None, :]) & near
-    b_e = decay(sum_rows(picks, b_g, like), like.ptr.dtype.element_ty)
-    return b_e, is_query[:, None]
+def between(rows, low, high):
+    """A mask ``[BT, BT]``: which rows, along the columns, lie in the interval of each row."""
+    return (rows[None, :] >= low[:, None]) & (rows[None, :] < high[:, None])
 
 
 @triton.jit
-def same_block(rows, level):
-    """Which pairs ``[BT, BT]`` lie in the same block of a level."""
-    block = rows >> (level + 1)
-    return block[:, None] == block[None, :]
+def level_decay(b_g, rows, level, like):
+    """The factors ``[BT, BK]`` of every row at a level."""
+    # Of its half a query takes the rows up to itself, a key those behind it.
+    first = (rows >> level) << level
+    is_query = ((rows >> level) & 1) == 1
+    low = tl.where(is_query, first, rows + 1)
+    high = tl.where(is_query, rows + 1, first + (1 << level))
+    return decay(sum_rows(between(rows, low, high), b_g, like), like.ptr.dtype.element_ty)
+
+
+@triton.jit
+def partners(rows, level, QUERIES: tl.constexpr):
+    """Which keys each query of a level meets (or queries each key), ``[BT, BT]``."""
+    size = 1 << level
+    first = (rows >> level) << level
+    if QUERIES:
+        low = first - (first & size)
+        high = first
+    else:
+        low = first + size
+        high = low + size - (first & size)
+    return between(rows, low, high)
 
 
 @triton.jit
@@ -135,14 +145,12 @@ def add_channel_scores(b_a, b_q, b_k, b_g, walk, like, TRANSPOSED: tl.constexpr)
     b_own = tl.sum(b_q * b_k, 1)[:, None]
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
         rows = fresh_rows(level, walk, BT)
-        b_e, is_query = level_decay(b_g, rows, level, like)
-        b_qs = tl.where(is_query, b_q * b_e, 0.0)
-        b_ks = tl.where(is_query, 0.0, b_k * b_e)
+        b_e = level_decay(b_g, rows, level, like)
         if TRANSPOSED:
-            b_pairs = product(b_ks, tl.trans(b_qs), like)
+            b_pairs = product(b_k * b_e, tl.trans(b_q * b_e), like)
         else:
-            b_pairs = product(b_qs, tl.trans(b_ks), like)
-        b_a += tl.where(same_block(rows, level), b_pairs, 0.0)
+            b_pairs = product(b_q * b_e, tl.trans(b_k * b_e), like)
+        b_a += tl.where(partners(rows, level, not TRANSPOSED), b_pairs, 0.0)
         if level == 0:
             b_a += tl.where(rows[:, None] == rows[None, :], b_own, 0.0)
     return b_a

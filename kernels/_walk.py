@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from attnvariants.kernels._decay import NOTHING, fresh_rows, running_sum
+from attnvariants.kernels._decay import NOTHING, fresh_rows
 from attnvariants.kernels._feature_map import apply_map
 from attnvariants.kernels._tiles import load_slice, locate, odd
 from torch import Tensor
@@ -175,14 +175,3 @@ def load_row_scale(rstd, scale, i_b, i_h, t, rows, live, NORMED: tl.constexpr):
         p_r = locate(rstd, i_b, i_h, t) + rows * rstd.time
         b_r = tl.load(p_r, mask=live, other=0.0)[:, None] * scale
     return b_r
-
-
-@triton.jit
-def load_sum_until_end(
-    g, i_b, i_h, t, rows, end, i_k, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
-):
-    """``G_C - G_j``, the log-decay behind a row, as a sum of the rows that follow."""
-    BT: tl.constexpr = rows.shape[0]
-    follows = (rows < BT - 1) & (t + 1 + rows < end)
-    b_g = load_log_decay(g, i_b, i_h, t + 1, rows, follows, i_k, K, BK, KIND)
-    return running_sum(b_g, True)

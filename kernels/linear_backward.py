@@ -23,18 +23,19 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from attnvariants.kernels._decay import (
+    between,
+    chunk_sum,
     age,
     count_levels,
     decay,
     fresh_rows,
     level_decay,
-    running_sum,
-    same_block,
+    partners,
     sum_rows,
     token_decay,
 )
 from attnvariants.kernels._feature_map import map_gradient
-from attnvariants.kernels._tiles import load_slice, locate, product, store_slice
+from attnvariants.kernels._tiles import cast, load_slice, locate, product, store_slice
 from attnvariants.kernels._walk import (
     find_segment,
     first_slot,
@@ -42,7 +43,6 @@ from attnvariants.kernels._walk import (
     load_log_decay,
     load_row_scale,
     load_state,
-    load_sum_until_end,
     locate_state,
 )
 from attnvariants.kernels.linear_forward import chunk_scores
@@ -57,70 +57,65 @@ class QueryKeyGradients(NamedTuple):
 
 
 @triton.jit
-def load_slices(states, walk, i_s, i_h, step, dims: tl.constexpr, i_k, NV: tl.constexpr):
+def load_slices(states, walk, i_s, i_h, dims: tl.constexpr, i_k, NV: tl.constexpr):
     """A state as a tuple of its slices ``[BV, BK]``."""
     found = ()
     for i in tl.static_range(NV):
-        b_s = load_state(states, walk, i_s, i_h, step, dims, i_k, i * dims.BV, True)
-        found = found + (b_s,)
+        found = found + (load_state(states, walk, i_s, i_h, 0, dims, i_k, i * dims.BV, True),)
     return found
 
 
 @triton.jit
-def replay(
-    b_s,
+def find_state(
+    marks,
     k,
     v,
     g,
     walk,
+    i_m,
     i_b,
     i_h,
     t,
     begin,
     i_k,
+    i_v,
     dims: tl.constexpr,
     kind: tl.constexpr,
-    NV: tl.constexpr,
 ):
-    """The state at token ``t`` from the one at ``begin``, over whole chunks; tuples of slices."""
+    """A slice ``[BV, BK]`` of the state at token ``t``, from the one that was kept at ``begin``."""
     BT: tl.constexpr = dims.BT
     dtype: tl.constexpr = k.ptr.dtype.element_ty
     DECAY: tl.constexpr = kind.DECAY
-    MAP: tl.constexpr = kind.FEATURE_MAP
+    b_s = load_state(marks, walk, i_m, i_h, t, dims, i_k, i_v, True)
     for i_t in tl.range(begin, t, BT):
         rows = fresh_rows(i_t, walk, BT)
         live = rows < BT
-        b_k = load_features(k, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, MAP)
+        b_k = load_features(k, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
         if DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, DECAY)
-            b_after = load_sum_until_end(
-                g, i_b, i_h, i_t, rows, i_t + BT, i_k, dims.K, dims.BK, DECAY
-            )
-            b_k = b_k * decay(b_after, dtype)
-        found = ()
-        for i in tl.static_range(NV):
-            p_v = locate(v, i_b, i_h, i_t)
-            b_v = load_slice(p_v, v, rows, live, i * dims.BV, dims.V, dims.BV)
-            b_new = product(tl.trans(b_v), b_k, k)
-            if DECAY is not None:
-                b_new = age(b_s[i], b_new, tl.sum(b_g, 0)[None, :], dtype)
-            else:
-                b_new += b_s[i]
-            found = found + (b_new,)
-        b_s = found
+            b_total = tl.sum(b_g, 0)[None, :]
+            b_k = b_k * decay(chunk_sum(b_g, rows, k, "behind"), dtype)
+        b_v = load_slice(locate(v, i_b, i_h, i_t), v, rows, live, i_v, dims.V, dims.BV)
+        b_new = product(tl.trans(b_v), b_k, k)
+        if DECAY is not None:
+            b_s = age(b_s, b_new, b_total, dtype)
+        else:
+            b_s += b_new
     return b_s
 
 
 @triton.jit
-def pair_cotangents(a, b, i_b, i_h, t, rows, live, dims: tl.constexpr, like, NV: tl.constexpr):
+def pair_cotangents(
+    a, b, walk, i_b, i_h, t, end, step, dims: tl.constexpr, like, NV: tl.constexpr
+):
     """``a_i . b_j`` for the rows of a chunk, ``[BT, BT]``."""
     BT: tl.constexpr = dims.BT
     b_da = tl.zeros([BT, BT], tl.float32)
-    for i in tl.static_range(NV):
-        p_a = locate(a, i_b, i_h, t)
-        p_b = locate(b, i_b, i_h, t)
-        b_a = load_slice(p_a, a, rows, live, i * dims.BV, dims.V, dims.BV)
-        b_b = load_slice(p_b, b, rows, live, i * dims.BV, dims.V, dims.BV)
+    rows = fresh_rows(step, walk, BT)
+    live = t + rows < end
+    for i_v in tl.range(0, dims.V, dims.BV, loop_unroll_factor=1):
+        b_a = load_slice(locate(a, i_b, i_h, t), a, rows, live, i_v, dims.V, dims.BV)
+        b_b = load_slice(locate(b, i_b, i_h, t), b, rows, live, i_v, dims.V, dims.BV)
         b_da += product(b_a, tl.trans(b_b), like)
     return b_da
 
@@ -147,24 +142,35 @@ def add_channel_gradient(
     BT: tl.constexpr = b_own.shape[0]
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
         rows = fresh_rows(level, walk, BT)
-        b_e, is_query = level_decay(b_g, rows, level, like)
-        is_own = is_query == QUERIES
+        b_e = level_decay(b_g, rows, level, like)
         b_sum = product(
-            tl.where(same_block(rows, level), b_pairs, 0.0),
-            tl.where(is_own, 0.0, b_other * b_e),
-            like,
+            tl.where(partners(rows, level, QUERIES), b_pairs, 0.0), b_other * b_e, like
         )
-        b_part = tl.where(is_own, b_e * b_sum, 0.0)
+        b_part = b_e * b_sum
         b_d += b_part
         if WITH_DG:
-            half = rows >> level
             # A query's flow crosses the rows of its half up to itself, a key's those behind it.
+            first = (rows >> level) << level
             if QUERIES:
-                crosses = rows[:, None] <= rows[None, :]
+                crosses = between(rows, rows, first + (1 << level))
             else:
-                crosses = rows[:, None] > rows[None, :]
-            crosses = crosses & (half[:, None] == half[None, :])
+                crosses = between(rows, first, rows)
             b_dg += sum_rows(crosses, b_own * b_part, like)
+    return b_d, b_dg
+
+
+@triton.jit
+def add_token_gradient(
+    b_d, b_dg, b_own, b_other, b_g, b_pairs, rows, like, QUERIES: tl.constexpr, WITH_DG: tl.constexpr
+):
+    """The same where a log-decay ``[BT, 1]`` serves all channels; with the pairs i = j."""
+    b_pairs = b_pairs * token_decay(b_g, rows, like, not QUERIES)
+    if WITH_DG and QUERIES:
+        before = rows[:, None] > rows[None, :]
+        b_flow = tl.where(before, product(b_own, tl.trans(b_other), like) * b_pairs, 0.0)
+        b_flow = sum_rows(rows[:, None] <= rows[None, :], b_flow, like)
+        b_dg += tl.sum(tl.where(before, b_flow, 0.0), 1)[:, None]
+    b_d += product(b_pairs, b_other, like)
     return b_d, b_dg
 
 
@@ -187,6 +193,81 @@ def sum_crossing(b_x, rows, like, FROM_BEFORE: tl.constexpr, KIND: tl.constexpr)
 
 
 @triton.jit
+def complete_gradient(
+    b_d,
+    b_dg,
+    q,
+    k,
+    v,
+    g,
+    do,
+    rstd,
+    scale,
+    walk,
+    i_b,
+    i_h,
+    t,
+    end,
+    i_k,
+    dims: tl.constexpr,
+    kind: tl.constexpr,
+    QUERIES: tl.constexpr,
+    WITH_DG: tl.constexpr,
+):
+    """dq (or else dk) and what it adds to dg, from its part ``[BT, BK]`` through a state."""
+    BT: tl.constexpr = dims.BT
+    BK: tl.constexpr = dims.BK
+    NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
+    DECAY: tl.constexpr = kind.DECAY
+    MAP: tl.constexpr = kind.FEATURE_MAP
+    NORMED: tl.constexpr = rstd is not None
+    step = 4 * t + (1 if QUERIES else 2)
+    rows = fresh_rows(step, walk, BT)
+    live = t + rows < end
+    b_r = load_row_scale(rstd, scale, i_b, i_h, t, rows, live, NORMED)
+    b_q = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, BK, MAP) * b_r
+    b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, BK, MAP)
+    b_own = b_q if QUERIES else b_k
+    b_other = b_k if QUERIES else b_q
+    if DECAY is not None:
+        b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, DECAY)
+        if QUERIES:
+            b_d = b_d * decay(chunk_sum(b_g, rows, q, "up to"), dtype)
+        else:
+            b_d = b_d * decay(chunk_sum(b_g, rows, q, "behind"), dtype)
+        if WITH_DG:
+            b_dg += sum_crossing(b_own * b_d, rows, q, QUERIES, DECAY)
+    if kind.CAUSAL:
+        if QUERIES:
+            b_da = pair_cotangents(do, v, walk, i_b, i_h, t, end, step, dims, q, NV)
+        else:
+            b_da = pair_cotangents(v, do, walk, i_b, i_h, t, end, step, dims, q, NV)
+        if DECAY == "channel":
+            same = rows[:, None] == rows[None, :]
+            b_d += tl.sum(tl.where(same, b_da, 0.0), 1)[:, None] * b_other
+            if dtype == tl.bfloat16:  # as the products take it, in half the registers
+                b_da = cast(b_da, dtype)
+            b_d, b_dg = add_channel_gradient(
+                b_d, b_dg, b_own, b_other, b_g, b_da, walk, q, QUERIES, WITH_DG
+            )
+        elif DECAY == "token":
+            b_d, b_dg = add_token_gradient(
+                b_d, b_dg, b_own, b_other, b_g, b_da, rows, q, QUERIES, WITH_DG
+            )
+        else:
+            seen = rows[:, None] >= rows[None, :] if QUERIES else rows[:, None] <= rows[None, :]
+            b_d += product(tl.where(seen, b_da, 0.0), b_other, q)
+    if QUERIES:
+        b_d = b_d * load_row_scale(rstd, scale, i_b, i_h, t, rows, live, NORMED)
+    if MAP is not None:
+        x = q if QUERIES else k
+        b_x = load_slice(locate(x, i_b, i_h, t), x, rows, live, i_k, dims.K, BK)
+        b_d = b_d * map_gradient(b_x.to(tl.float32), MAP)
+    return b_d, b_dg
+
+
+@triton.jit
 def linear_backward_qk_kernel(
     q,  # Strided [B, T, H, K]
     k,  # Strided [B, T, H, K]
@@ -205,13 +286,17 @@ def linear_backward_qk_kernel(
 ):
     BT: tl.constexpr = dims.BT
     BK: tl.constexpr = dims.BK
+    BV: tl.constexpr = dims.BV
     NK: tl.constexpr = (dims.K + BK - 1) // BK
-    NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
+    NV: tl.constexpr = (dims.V + BV - 1) // BV
     WITH_DG: tl.constexpr = grads.dg is not None
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     DECAY: tl.constexpr = kind.DECAY
     MAP: tl.constexpr = kind.FEATURE_MAP
     NORMED: tl.constexpr = rstd is not None
+    dq = grads.dq
+    dk = grads.dk
+    dg = grads.dg
     i_program = tl.program_id(0)
     i_slice = i_program % NK
     i_k = i_slice * BK
@@ -221,115 +306,82 @@ def linear_backward_qk_kernel(
     i_n, i_b, _, first, _, begin, end = find_segment(walk, i_s)
 
     i_end = i_s if kind.CAUSAL else i_n
-    b_ds = load_slices(ends, walk, i_end, i_h, 0, dims, i_k, NV)  # of [BV, BK]
+    b_ds = load_slices(ends, walk, i_end, i_h, dims, i_k, NV)  # of [BV, BK]
     chunks = tl.cdiv(end - begin, BT)
     for n in tl.range(0, chunks):
         t = begin + (chunks - 1 - n) * BT
-        rows = fresh_rows(t, walk, BT)
-        live = t + rows < end
+        i_m = i_n
+        begin_m = t
         if kind.CAUSAL:
             stride = marked.span >> 1
             place_m = (t - first) // stride
             i_m = first_slot(marked, i_n, first) + place_m
-            b_s = load_slices(marks, walk, i_m, i_h, t, dims, i_k, NV)
             begin_m = first + place_m * stride
-            b_s = replay(b_s, k, v, g, walk, i_b, i_h, t, begin_m, i_k, dims, kind, NV)
-        else:
-            b_s = load_slices(marks, walk, i_n, i_h, t, dims, i_k, NV)
+
+        rows = fresh_rows(t, walk, BT)
+        live = t + rows < end
         b_dq = tl.zeros([BT, BK], tl.float32)
-        b_dk = tl.zeros([BT, BK], tl.float32)
         b_through = tl.zeros([BK], tl.float32)
         for i in tl.static_range(NV):
-            p_v = locate(v, i_b, i_h, t)
-            p_do = locate(do, i_b, i_h, t)
-            b_v = load_slice(p_v, v, rows, live, i * dims.BV, dims.V, dims.BV)
-            b_do = load_slice(p_do, do, rows, live, i * dims.BV, dims.V, dims.BV)
-            b_dq += product(b_do, b_s[i], q)
-            b_dk += product(b_v, b_ds[i], q)
-            b_through += tl.sum(b_s[i] * b_ds[i], 0)
-        b_r = load_row_scale(rstd, scale, i_b, i_h, t, rows, live, NORMED)
-        b_q = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, BK, MAP) * b_r
-        b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, BK, MAP)
-        if DECAY is not None:
+            b_s = find_state(
+                marks, k, v, g, walk, i_m, i_b, i_h, t, begin_m, i_k, i * BV, dims, kind
+            )
+            b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i * BV, dims.V, BV)
+            b_dq += product(b_do, b_s, q)
+            b_through += tl.sum(b_s * b_ds[i], 0)
+        b_dg = b_dq
+        if WITH_DG:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, DECAY)
-            b_before = decay(running_sum(b_g, False), dtype)
-            b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, i_k, dims.K, BK, DECAY)
-            b_total = tl.sum(b_g, 0)[None, :]
-            b_dq = b_dq * b_before
-            b_dk = b_dk * decay(b_after, dtype)
-            if WITH_DG:
-                b_dg = sum_crossing(b_q * b_dq, rows, q, True, DECAY)
-                b_dg += sum_crossing(b_k * b_dk, rows, q, False, DECAY)
-                b_through = b_through[None, :]
-                if DECAY == "token":
-                    b_through = tl.sum(b_through, 1)[:, None]
-                b_dg += decay(b_total, dtype) * b_through
-            else:
-                b_dg = b_dq
-        if kind.CAUSAL:
-            b_da = pair_cotangents(do, v, i_b, i_h, t, rows, live, dims, q, NV)  # queries first
+            b_through = b_through[None, :]
+            if DECAY == "token":
+                b_through = tl.sum(b_through, 1)[:, None]
+            b_through = decay(tl.sum(b_g, 0)[None, :], dtype) * b_through
+            b_dg = b_through + tl.zeros([BT, b_g.shape[1]], tl.float32)
+        b_dq, b_dg = complete_gradient(
+            b_dq, b_dg, q, k, v, g, do, rstd, scale, walk, i_b, i_h, t, end, i_k, dims, kind, True, WITH_DG
+        )
+        rows = fresh_rows(4 * t + 3, walk, BT)
+        live = t + rows < end
+        store_slice(locate(dq, i_b, i_h, t), dq, rows, live, b_dq, i_k, dims.K, BK)
+
+        b_dk = tl.zeros([BT, BK], tl.float32)
+        for i in tl.static_range(NV):
+            b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i * BV, dims.V, BV)
+            b_dk += product(b_v, b_ds[i], q)
+        b_dk, b_dg = complete_gradient(
+            b_dk, b_dg, q, k, v, g, do, rstd, scale, walk, i_b, i_h, t, end, i_k, dims, kind, False, WITH_DG
+        )
+        rows = fresh_rows(8 * t + 1, walk, BT)
+        live = t + rows < end
+        store_slice(locate(dk, i_b, i_h, t), dk, rows, live, b_dk, i_k, dims.K, BK)
+        if WITH_DG:
             if DECAY == "channel":
-                b_own = tl.sum(tl.where(rows[:, None] == rows[None, :], b_da, 0.0), 1)[:, None]
-                b_dq += b_own * b_k
-                b_dk += b_own * b_q
-                b_dq, b_dg = add_channel_gradient(
-                    b_dq, b_dg, b_q, b_k, b_g, b_da, walk, q, True, WITH_DG
-                )
-                b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)  # keys first
-                b_dk, b_dg = add_channel_gradient(
-                    b_dk, b_dg, b_k, b_q, b_g, b_da, walk, q, False, WITH_DG
-                )
-            elif DECAY == "token":
-                b_d = token_decay(b_g, rows, q, False)
-                if WITH_DG:
-                    b_flow = product(b_q, tl.trans(b_k), q) * b_d * b_da
-                    b_flow = tl.where(rows[:, None] > rows[None, :], b_flow, 0.0)
-                    b_flow = tl.cumsum(b_flow, 0, reverse=True)
-                    b_flow = tl.where(rows[:, None] > rows[None, :], b_flow, 0.0)
-                    b_dg += tl.sum(b_flow, 1)[:, None]
-                b_dq += product(b_da * b_d, b_k, q)
-                b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)
-                b_dk += product(b_da * token_decay(b_g, rows, q, True), b_q, q)
-            else:
-                b_dq += product(tl.where(rows[:, None] >= rows[None, :], b_da, 0.0), b_k, q)
-                b_da = pair_cotangents(v, do, i_b, i_h, t, rows, live, dims, q, NV)
-                b_dk += product(tl.where(rows[:, None] <= rows[None, :], b_da, 0.0), b_q, q)
+                store_slice(locate(dg, i_b, i_h, t), dg, rows, live, b_dg, i_k, dims.K, BK)
+            else:  # a batch entry of its own for every slice
+                p_dg = locate(dg, i_b * NK + i_slice, i_h, t) + rows[:, None] * dg.time
+                tl.store(p_dg, b_dg, mask=live[:, None])
+
+        if kind.CAUSAL:
             # Late queries have decayed most; sums that begin with them round least.
+            rows = fresh_rows(8 * t + 2, walk, BT)
             back = BT - 1 - rows
-            live_back = t + back < end
-            b_qd = load_features(q, i_b, i_h, t, back, live_back, i_k, dims.K, BK, MAP)
-            b_qd = b_qd * load_row_scale(rstd, scale, i_b, i_h, t, back, live_back, NORMED)
+            live = t + back < end
+            b_q = load_features(q, i_b, i_h, t, back, live, i_k, dims.K, BK, MAP)
+            b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, back, live, NORMED)
             if DECAY is not None:
-                b_g = load_log_decay(g, i_b, i_h, t, back, live_back, i_k, dims.K, BK, DECAY)
-                b_qd = b_qd * decay(running_sum(b_g, True), dtype)
+                b_g = load_log_decay(g, i_b, i_h, t, back, live, i_k, dims.K, BK, DECAY)
+                b_q = b_q * decay(chunk_sum(b_g, rows, q, "from"), dtype)
+                b_total = tl.sum(b_g, 0)[None, :]
             found = ()
             for i in tl.static_range(NV):
-                p_do = locate(do, i_b, i_h, t)
-                b_do = load_slice(p_do, do, back, live_back, i * dims.BV, dims.V, dims.BV)
-                b_new = product(tl.trans(b_do), b_qd, q)
+                b_do = load_slice(locate(do, i_b, i_h, t), do, back, live, i * BV, dims.V, BV)
+                b_new = product(tl.trans(b_do), b_q, q)
                 if DECAY is not None:
                     b_new = age(b_ds[i], b_new, b_total, dtype)
                 else:
                     b_new += b_ds[i]
                 found = found + (b_new,)
             b_ds = found
-        b_dq = b_dq * b_r
-        if MAP is not None:
-            b_x = load_slice(locate(q, i_b, i_h, t), q, rows, live, i_k, dims.K, BK)
-            b_dq = b_dq * map_gradient(b_x.to(tl.float32), MAP)
-            b_x = load_slice(locate(k, i_b, i_h, t), k, rows, live, i_k, dims.K, BK)
-            b_dk = b_dk * map_gradient(b_x.to(tl.float32), MAP)
-        dq = grads.dq
-        dk = grads.dk
-        dg = grads.dg
-        store_slice(locate(dq, i_b, i_h, t), dq, rows, live, b_dq, i_k, dims.K, BK)
-        store_slice(locate(dk, i_b, i_h, t), dk, rows, live, b_dk, i_k, dims.K, BK)
-        if dg is not None:
-            if DECAY == "channel":
-                store_slice(locate(dg, i_b, i_h, t), dg, rows, live, b_dg, i_k, dims.K, BK)
-            else:  # a batch entry of its own for every slice
-                p_dg = locate(dg, i_b * NK + i_slice, i_h, t) + rows[:, None] * dg.time
-                tl.store(p_dg, b_dg, mask=live[:, None])
 
 
 @triton.jit
@@ -373,8 +425,8 @@ def linear_backward_v_kernel(
             )
         b_k = load_features(k, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, MAP)
         if DECAY is not None:
-            b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, 0, dims.K, dims.BK, DECAY)
-            b_k = b_k * decay(b_after, dtype)
+            b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, DECAY)
+            b_k = b_k * decay(chunk_sum(b_g, rows, q, "behind"), dtype)
         b_dv = product(b_k, b_ds, q)  # [BT, BV]
         if kind.CAUSAL:
             b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i_v, dims.V, dims.BV)
@@ -387,7 +439,7 @@ def linear_backward_v_kernel(
             b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, back, live, NORMED)
             if DECAY is not None:
                 b_g = load_log_decay(g, i_b, i_h, t, back, live, 0, dims.K, dims.BK, DECAY)
-                b_q = b_q * decay(running_sum(b_g, True), dtype)
+                b_q = b_q * decay(chunk_sum(b_g, rows, q, "from"), dtype)
                 b_ds = age(b_ds, product(tl.trans(b_q), b_do, q), tl.sum(b_g, 0)[:, None], dtype)
             else:
                 b_ds += product(tl.trans(b_q), b_do, q)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from attnvariants.kernels._decay import age, decay, fresh_rows, running_sum
+from attnvariants.kernels._decay import age, chunk_sum, decay, fresh_rows
 from attnvariants.kernels._tiles import load_slice, locate, product
 from attnvariants.kernels._walk import (
     find_segment,
@@ -18,7 +18,6 @@ from attnvariants.kernels._walk import (
     load_log_decay,
     load_row_scale,
     load_state,
-    load_sum_until_end,
     locate_state,
 )
 
@@ -78,9 +77,10 @@ def linear_states_kernel(
                 i_m = first_slot(marked, i_n, first) + (t - first) // stride
                 p_m, mask = locate_state(marks, walk, i_m, i_h, t, dims, i_k, i_v, False)
                 tl.store(p_m, b_s, mask=mask)
-        rows = fresh_rows(t, walk, BT)
+        places = fresh_rows(t, walk, BT)
+        rows = places
         if BACKWARD:  # late queries have decayed most; sums that begin with them round least
-            rows = BT - 1 - rows
+            rows = BT - 1 - places
         live = t + rows < end
         b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, MAP)
         if BACKWARD:
@@ -89,9 +89,9 @@ def linear_states_kernel(
         if DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, DECAY)
             if BACKWARD:
-                b_decay = running_sum(b_g, True)
+                b_decay = chunk_sum(b_g, places, k, "from")
             else:
-                b_decay = load_sum_until_end(g, i_b, i_h, t, rows, end, i_k, dims.K, dims.BK, DECAY)
+                b_decay = chunk_sum(b_g, places, k, "behind")
             b_k = b_k * decay(b_decay, dtype)
             b_total = tl.sum(b_g, 0)
             b_s = age(b_s, product(tl.trans(b_k), b_v, k), b_total[:, None], dtype)
