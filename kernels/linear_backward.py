@@ -121,32 +121,54 @@ def pair_cotangents(
 
 
 @triton.jit
+def load_side(
+    q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims: tl.constexpr, MAP: tl.constexpr, QUERIES: tl.constexpr
+):
+    """The queries of a chunk with their factors, or else its keys, ``[BT, BK]``."""
+    if QUERIES:
+        b_x = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, MAP)
+        b_x = b_x * load_row_scale(rstd, scale, i_b, i_h, t, rows, live, rstd is not None)
+    else:
+        b_x = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, MAP)
+    return b_x
+
+
+@triton.jit
 def add_channel_gradient(
     b_d,
     b_dg,
-    b_own,
-    b_other,
-    b_g,
     b_pairs,
+    q,
+    k,
+    g,
+    rstd,
+    scale,
     walk,
-    like,
+    i_b,
+    i_h,
+    t,
+    end,
+    i_k,
+    dims: tl.constexpr,
+    MAP: tl.constexpr,
     QUERIES: tl.constexpr,
     WITH_DG: tl.constexpr,
 ):
     """Adds the gradient of the queries (or else keys) through the scores of pairs i > j.
 
-    ``own`` are these rows, ``other`` the keys (or else queries), all ``[BT, BK]``, and ``pairs``
-    the cotangents of the scores with their own rows first, ``[BT, BT]``. One at a time needs fewer
-    registers than both together.
+    ``pairs`` are the cotangents of the scores with their own rows first, ``[BT, BT]``. Everything
+    else is loaded again for every level, from the L1 cache: it would not fit beside these.
     """
-    BT: tl.constexpr = b_own.shape[0]
+    BT: tl.constexpr = dims.BT
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
         rows = fresh_rows(level, walk, BT)
-        b_e = level_decay(b_g, rows, level, like)
-        b_sum = product(
-            tl.where(partners(rows, level, QUERIES), b_pairs, 0.0), b_other * b_e, like
+        live = t + rows < end
+        b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, "channel")
+        b_e = level_decay(b_g, rows, level, q)
+        b_x = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, not QUERIES)
+        b_part = b_e * product(
+            tl.where(partners(rows, level, QUERIES), b_pairs, 0.0), b_x * b_e, q
         )
-        b_part = b_e * b_sum
         b_d += b_part
         if WITH_DG:
             # A query's flow crosses the rows of its half up to itself, a key's those behind it.
@@ -155,7 +177,8 @@ def add_channel_gradient(
                 crosses = between(rows, rows, first + (1 << level))
             else:
                 crosses = between(rows, first, rows)
-            b_dg += sum_rows(crosses, b_own * b_part, like)
+            b_x = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, QUERIES)
+            b_dg += sum_rows(crosses, b_x * b_part, q)
     return b_d, b_dg
 
 
@@ -222,34 +245,28 @@ def complete_gradient(
     DECAY: tl.constexpr = kind.DECAY
     MAP: tl.constexpr = kind.FEATURE_MAP
     NORMED: tl.constexpr = rstd is not None
-    step = 4 * t + (1 if QUERIES else 2)
-    rows = fresh_rows(step, walk, BT)
+    if kind.CAUSAL:
+        if QUERIES:
+            b_da = pair_cotangents(do, v, walk, i_b, i_h, t, end, 4 * t + 1, dims, q, NV)
+        else:
+            b_da = pair_cotangents(v, do, walk, i_b, i_h, t, end, 4 * t + 2, dims, q, NV)
+    rows = fresh_rows(8 * t + (3 if QUERIES else 4), walk, BT)
     live = t + rows < end
-    b_r = load_row_scale(rstd, scale, i_b, i_h, t, rows, live, NORMED)
-    b_q = load_features(q, i_b, i_h, t, rows, live, i_k, dims.K, BK, MAP) * b_r
-    b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, BK, MAP)
-    b_own = b_q if QUERIES else b_k
-    b_other = b_k if QUERIES else b_q
     if DECAY is not None:
         b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, DECAY)
-        if QUERIES:
-            b_d = b_d * decay(chunk_sum(b_g, rows, q, "up to"), dtype)
-        else:
-            b_d = b_d * decay(chunk_sum(b_g, rows, q, "behind"), dtype)
+        b_d = b_d * decay(chunk_sum(b_g, rows, q, "up to" if QUERIES else "behind"), dtype)
+        b_own = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, QUERIES)
         if WITH_DG:
             b_dg += sum_crossing(b_own * b_d, rows, q, QUERIES, DECAY)
     if kind.CAUSAL:
-        if QUERIES:
-            b_da = pair_cotangents(do, v, walk, i_b, i_h, t, end, step, dims, q, NV)
-        else:
-            b_da = pair_cotangents(v, do, walk, i_b, i_h, t, end, step, dims, q, NV)
+        b_other = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, not QUERIES)
         if DECAY == "channel":
             same = rows[:, None] == rows[None, :]
             b_d += tl.sum(tl.where(same, b_da, 0.0), 1)[:, None] * b_other
             if dtype == tl.bfloat16:  # as the products take it, in half the registers
                 b_da = cast(b_da, dtype)
             b_d, b_dg = add_channel_gradient(
-                b_d, b_dg, b_own, b_other, b_g, b_da, walk, q, QUERIES, WITH_DG
+                b_d, b_dg, b_da, q, k, g, rstd, scale, walk, i_b, i_h, t, end, i_k, dims, MAP, QUERIES, WITH_DG
             )
         elif DECAY == "token":
             b_d, b_dg = add_token_gradient(
