@@ -26,13 +26,19 @@ LN_2_REST = tl.constexpr(-2.12194440e-4)
 
 
 @triton.jit
-def fresh_rows(step, walk, BT: tl.constexpr):
-    """``arange(0, BT)``, for masks inside a loop over ``step``.
+def fresh(x, step, walk):
+    """``x``, to be computed anew in every ``step``.
 
-    A compiler would compute masks of ``[BT, BT]`` once before the loop and run out of registers; it
+    A compiler would compute masks and addresses once, before a loop, and run out of registers; it
     does not know that this adds zero in every step, because sizes are odd, see :func:`odd`.
     """
-    return tl.arange(0, BT) + step * ((walk.heads & 1) - 1)
+    return x + step * ((walk.heads & 1) - 1)
+
+
+@triton.jit
+def fresh_rows(step, walk, BT: tl.constexpr):
+    """``arange(0, BT)``, to be computed anew in every ``step``."""
+    return fresh(tl.arange(0, BT), step, walk)
 
 
 @triton.jit
@@ -62,13 +68,13 @@ def split(b_x):
 
 
 @triton.jit
-def sum_rows(picks, b_x, like):
+def sum_rows(picks, b_x, like, b_zero=0.0):
     """``picks @ x``: sums of the rows of ``x [BT, BD]`` that a mask ``[BT, BT]`` picks.
 
     Of every term, the first 16 bits for 16-bit inputs ``like``, and all 24 for float32.
     """
     b_part, b_rest = split(b_x)
-    b_m = tl.where(picks, 1.0, 0.0).to(b_part.dtype)
+    b_m = tl.where(picks, 1.0, b_zero).to(b_part.dtype)
     b_sum = tl.dot(b_m, b_part, input_precision="ieee")
     b_part, b_rest = split(b_rest)
     b_sum += tl.dot(b_m, b_part, input_precision="ieee")
@@ -95,34 +101,37 @@ def chunk_sum(b_g, rows, like, PART: tl.constexpr):
 
 
 @triton.jit
-def between(rows, low, high):
-    """A mask ``[BT, BT]``: which rows, along the columns, lie in the interval of each row."""
-    return (rows[None, :] >= low[:, None]) & (rows[None, :] < high[:, None])
+def within(rows, first, count):
+    """A mask ``[BT, BT]``: along the columns, of each row the ``count`` rows from ``first`` on.
+
+    Differences below 0 are large without a sign, so that one comparison finds both ends.
+    """
+    place = (rows[None, :] - first[:, None]).to(tl.uint32, bitcast=True)
+    return place < count.to(tl.uint32, bitcast=True)[:, None]
 
 
 @triton.jit
-def level_decay(b_g, rows, level, like):
+def level_decay(b_g, rows, level, like, b_zero):
     """The factors ``[BT, BK]`` of every row at a level."""
     # Of its half a query takes the rows up to itself, a key those behind it.
-    first = (rows >> level) << level
+    half = (rows >> level) << level
     is_query = ((rows >> level) & 1) == 1
-    low = tl.where(is_query, first, rows + 1)
-    high = tl.where(is_query, rows + 1, first + (1 << level))
-    return decay(sum_rows(between(rows, low, high), b_g, like), like.ptr.dtype.element_ty)
+    first = tl.where(is_query, half, rows + 1)
+    count = tl.where(is_query, rows + 1, half + (1 << level)) - first
+    b_sum = sum_rows(within(rows, first, count), b_g, like, b_zero)
+    return decay(b_sum, like.ptr.dtype.element_ty)
 
 
 @triton.jit
 def partners(rows, level, QUERIES: tl.constexpr):
     """Which keys each query of a level meets (or queries each key), ``[BT, BT]``."""
     size = 1 << level
-    first = (rows >> level) << level
+    half = (rows >> level) << level
     if QUERIES:
-        low = first - (first & size)
-        high = first
+        mask = within(rows, half - size, half & size)
     else:
-        low = first + size
-        high = low + size - (first & size)
-    return between(rows, low, high)
+        mask = within(rows, half + size, size - (half & size))
+    return mask
 
 
 @triton.jit
@@ -145,7 +154,7 @@ def add_channel_scores(b_a, b_q, b_k, b_g, walk, like, TRANSPOSED: tl.constexpr)
     b_own = tl.sum(b_q * b_k, 1)[:, None]
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
         rows = fresh_rows(level, walk, BT)
-        b_e = level_decay(b_g, rows, level, like)
+        b_e = level_decay(b_g, rows, level, like, tl.where(level < 0, b_a, 0.0))
         if TRANSPOSED:
             b_pairs = product(b_k * b_e, tl.trans(b_q * b_e), like)
         else:

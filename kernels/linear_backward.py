@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from attnvariants.kernels._decay import (
-    between,
+    within,
     chunk_sum,
     age,
     count_levels,
     decay,
+    fresh,
     fresh_rows,
     level_decay,
     partners,
@@ -89,6 +90,7 @@ def find_state(
     b_s = load_state(marks, walk, i_m, i_h, t, dims, i_k, i_v, True)
     for i_t in tl.range(begin, t, BT):
         rows = fresh_rows(i_t, walk, BT)
+        i_h = fresh(i_h, i_t, walk)
         live = rows < BT
         b_k = load_features(k, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
         if DECAY is not None:
@@ -112,6 +114,7 @@ def pair_cotangents(
     BT: tl.constexpr = dims.BT
     b_da = tl.zeros([BT, BT], tl.float32)
     rows = fresh_rows(step, walk, BT)
+    i_h = fresh(i_h, step, walk)
     live = t + rows < end
     for i_v in tl.range(0, dims.V, dims.BV, loop_unroll_factor=1):
         b_a = load_slice(locate(a, i_b, i_h, t), a, rows, live, i_v, dims.V, dims.BV)
@@ -162,9 +165,11 @@ def add_channel_gradient(
     BT: tl.constexpr = dims.BT
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
         rows = fresh_rows(level, walk, BT)
+        i_h = fresh(i_h, level, walk)
         live = t + rows < end
         b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, "channel")
-        b_e = level_decay(b_g, rows, level, q)
+        b_zero = tl.where(level < 0, b_pairs.to(tl.float32), 0.0)
+        b_e = level_decay(b_g, rows, level, q, b_zero)
         b_x = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, not QUERIES)
         b_part = b_e * product(
             tl.where(partners(rows, level, QUERIES), b_pairs, 0.0), b_x * b_e, q
@@ -172,13 +177,13 @@ def add_channel_gradient(
         b_d += b_part
         if WITH_DG:
             # A query's flow crosses the rows of its half up to itself, a key's those behind it.
-            first = (rows >> level) << level
+            half = (rows >> level) << level
             if QUERIES:
-                crosses = between(rows, rows, first + (1 << level))
+                crosses = within(rows, rows, half + (1 << level) - rows)
             else:
-                crosses = between(rows, first, rows)
+                crosses = within(rows, half, rows - half)
             b_x = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, QUERIES)
-            b_dg += sum_rows(crosses, b_x * b_part, q)
+            b_dg += sum_rows(crosses, b_x * b_part, q, b_zero)
     return b_d, b_dg
 
 
@@ -251,6 +256,7 @@ def complete_gradient(
         else:
             b_da = pair_cotangents(v, do, walk, i_b, i_h, t, end, 4 * t + 2, dims, q, NV)
     rows = fresh_rows(8 * t + (3 if QUERIES else 4), walk, BT)
+    i_h = fresh(i_h, 8 * t + (5 if QUERIES else 6), walk)
     live = t + rows < end
     if DECAY is not None:
         b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, DECAY)
@@ -327,6 +333,7 @@ def linear_backward_qk_kernel(
     chunks = tl.cdiv(end - begin, BT)
     for n in tl.range(0, chunks):
         t = begin + (chunks - 1 - n) * BT
+        i_f = fresh(i_h, t, walk)
         i_m = i_n
         begin_m = t
         if kind.CAUSAL:
@@ -341,57 +348,60 @@ def linear_backward_qk_kernel(
         b_through = tl.zeros([BK], tl.float32)
         for i in tl.static_range(NV):
             b_s = find_state(
-                marks, k, v, g, walk, i_m, i_b, i_h, t, begin_m, i_k, i * BV, dims, kind
+                marks, k, v, g, walk, i_m, i_b, i_f, t, begin_m, i_k, i * BV, dims, kind
             )
-            b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i * BV, dims.V, BV)
+            b_do = load_slice(locate(do, i_b, i_f, t), do, rows, live, i * BV, dims.V, BV)
             b_dq += product(b_do, b_s, q)
             b_through += tl.sum(b_s * b_ds[i], 0)
         b_dg = b_dq
         if WITH_DG:
-            b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, DECAY)
+            b_g = load_log_decay(g, i_b, i_f, t, rows, live, i_k, dims.K, BK, DECAY)
             b_through = b_through[None, :]
             if DECAY == "token":
                 b_through = tl.sum(b_through, 1)[:, None]
             b_through = decay(tl.sum(b_g, 0)[None, :], dtype) * b_through
             b_dg = b_through + tl.zeros([BT, b_g.shape[1]], tl.float32)
         b_dq, b_dg = complete_gradient(
-            b_dq, b_dg, q, k, v, g, do, rstd, scale, walk, i_b, i_h, t, end, i_k, dims, kind, True, WITH_DG
+            b_dq, b_dg, q, k, v, g, do, rstd, scale, walk, i_b, i_f, t, end, i_k, dims, kind, True, WITH_DG
         )
         rows = fresh_rows(4 * t + 3, walk, BT)
+        i_f = fresh(i_h, 8 * t + 9, walk)
         live = t + rows < end
-        store_slice(locate(dq, i_b, i_h, t), dq, rows, live, b_dq, i_k, dims.K, BK)
+        store_slice(locate(dq, i_b, i_f, t), dq, rows, live, b_dq, i_k, dims.K, BK)
 
         b_dk = tl.zeros([BT, BK], tl.float32)
         for i in tl.static_range(NV):
-            b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i * BV, dims.V, BV)
+            b_v = load_slice(locate(v, i_b, i_f, t), v, rows, live, i * BV, dims.V, BV)
             b_dk += product(b_v, b_ds[i], q)
         b_dk, b_dg = complete_gradient(
-            b_dk, b_dg, q, k, v, g, do, rstd, scale, walk, i_b, i_h, t, end, i_k, dims, kind, False, WITH_DG
+            b_dk, b_dg, q, k, v, g, do, rstd, scale, walk, i_b, i_f, t, end, i_k, dims, kind, False, WITH_DG
         )
         rows = fresh_rows(8 * t + 1, walk, BT)
+        i_f = fresh(i_h, 8 * t + 10, walk)
         live = t + rows < end
-        store_slice(locate(dk, i_b, i_h, t), dk, rows, live, b_dk, i_k, dims.K, BK)
+        store_slice(locate(dk, i_b, i_f, t), dk, rows, live, b_dk, i_k, dims.K, BK)
         if WITH_DG:
             if DECAY == "channel":
-                store_slice(locate(dg, i_b, i_h, t), dg, rows, live, b_dg, i_k, dims.K, BK)
+                store_slice(locate(dg, i_b, i_f, t), dg, rows, live, b_dg, i_k, dims.K, BK)
             else:  # a batch entry of its own for every slice
-                p_dg = locate(dg, i_b * NK + i_slice, i_h, t) + rows[:, None] * dg.time
+                p_dg = locate(dg, i_b * NK + i_slice, i_f, t) + rows[:, None] * dg.time
                 tl.store(p_dg, b_dg, mask=live[:, None])
 
         if kind.CAUSAL:
             # Late queries have decayed most; sums that begin with them round least.
             rows = fresh_rows(8 * t + 2, walk, BT)
+            i_f = fresh(i_h, 8 * t + 11, walk)
             back = BT - 1 - rows
             live = t + back < end
-            b_q = load_features(q, i_b, i_h, t, back, live, i_k, dims.K, BK, MAP)
-            b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, back, live, NORMED)
+            b_q = load_features(q, i_b, i_f, t, back, live, i_k, dims.K, BK, MAP)
+            b_q = b_q * load_row_scale(rstd, scale, i_b, i_f, t, back, live, NORMED)
             if DECAY is not None:
-                b_g = load_log_decay(g, i_b, i_h, t, back, live, i_k, dims.K, BK, DECAY)
+                b_g = load_log_decay(g, i_b, i_f, t, back, live, i_k, dims.K, BK, DECAY)
                 b_q = b_q * decay(chunk_sum(b_g, rows, q, "from"), dtype)
                 b_total = tl.sum(b_g, 0)[None, :]
             found = ()
             for i in tl.static_range(NV):
-                b_do = load_slice(locate(do, i_b, i_h, t), do, back, live, i * BV, dims.V, BV)
+                b_do = load_slice(locate(do, i_b, i_f, t), do, back, live, i * BV, dims.V, BV)
                 b_new = product(tl.trans(b_do), b_q, q)
                 if DECAY is not None:
                     b_new = age(b_ds[i], b_new, b_total, dtype)
