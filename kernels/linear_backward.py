@@ -90,6 +90,7 @@ def find_state(
     b_s = load_state(marks, walk, i_m, i_h, t, dims, i_k, i_v, True)
     for i_t in tl.range(begin, t, BT):
         rows = fresh_rows(i_t, walk, BT)
+        i_b = fresh(i_b, i_t, walk)
         i_h = fresh(i_h, i_t, walk)
         live = rows < BT
         b_k = load_features(k, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
@@ -114,6 +115,7 @@ def pair_cotangents(
     BT: tl.constexpr = dims.BT
     b_da = tl.zeros([BT, BT], tl.float32)
     rows = fresh_rows(step, walk, BT)
+    i_b = fresh(i_b, step, walk)
     i_h = fresh(i_h, step, walk)
     live = t + rows < end
     for i_v in tl.range(0, dims.V, dims.BV, loop_unroll_factor=1):
@@ -165,6 +167,7 @@ def add_channel_gradient(
     BT: tl.constexpr = dims.BT
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
         rows = fresh_rows(level, walk, BT)
+        i_b = fresh(i_b, level, walk)
         i_h = fresh(i_h, level, walk)
         live = t + rows < end
         b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, "channel")
@@ -179,7 +182,8 @@ def add_channel_gradient(
             # A query's flow crosses the rows of its half up to itself, a key's those behind it.
             half = (rows >> level) << level
             if QUERIES:
-                crosses = within(rows, rows, half + (1 << level) - rows)
+                last = half + (1 << level) - 1
+                crosses = within(-rows, -last, last + 1 - rows)
             else:
                 crosses = within(rows, half, rows - half)
             b_x = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, QUERIES)
@@ -256,6 +260,7 @@ def complete_gradient(
         else:
             b_da = pair_cotangents(v, do, walk, i_b, i_h, t, end, 4 * t + 2, dims, q, NV)
     rows = fresh_rows(8 * t + (3 if QUERIES else 4), walk, BT)
+    i_b = fresh(i_b, 8 * t + (5 if QUERIES else 6), walk)
     i_h = fresh(i_h, 8 * t + (5 if QUERIES else 6), walk)
     live = t + rows < end
     if DECAY is not None:
@@ -333,6 +338,7 @@ def linear_backward_qk_kernel(
     chunks = tl.cdiv(end - begin, BT)
     for n in tl.range(0, chunks):
         t = begin + (chunks - 1 - n) * BT
+        i_e = fresh(i_b, t, walk)
         i_f = fresh(i_h, t, walk)
         i_m = i_n
         begin_m = t
@@ -348,60 +354,63 @@ def linear_backward_qk_kernel(
         b_through = tl.zeros([BK], tl.float32)
         for i in tl.static_range(NV):
             b_s = find_state(
-                marks, k, v, g, walk, i_m, i_b, i_f, t, begin_m, i_k, i * BV, dims, kind
+                marks, k, v, g, walk, i_m, i_e, i_f, t, begin_m, i_k, i * BV, dims, kind
             )
-            b_do = load_slice(locate(do, i_b, i_f, t), do, rows, live, i * BV, dims.V, BV)
+            b_do = load_slice(locate(do, i_e, i_f, t), do, rows, live, i * BV, dims.V, BV)
             b_dq += product(b_do, b_s, q)
             b_through += tl.sum(b_s * b_ds[i], 0)
         b_dg = b_dq
         if WITH_DG:
-            b_g = load_log_decay(g, i_b, i_f, t, rows, live, i_k, dims.K, BK, DECAY)
+            b_g = load_log_decay(g, i_e, i_f, t, rows, live, i_k, dims.K, BK, DECAY)
             b_through = b_through[None, :]
             if DECAY == "token":
                 b_through = tl.sum(b_through, 1)[:, None]
             b_through = decay(tl.sum(b_g, 0)[None, :], dtype) * b_through
             b_dg = b_through + tl.zeros([BT, b_g.shape[1]], tl.float32)
         b_dq, b_dg = complete_gradient(
-            b_dq, b_dg, q, k, v, g, do, rstd, scale, walk, i_b, i_f, t, end, i_k, dims, kind, True, WITH_DG
+            b_dq, b_dg, q, k, v, g, do, rstd, scale, walk, i_e, i_f, t, end, i_k, dims, kind, True, WITH_DG
         )
         rows = fresh_rows(4 * t + 3, walk, BT)
+        i_e = fresh(i_b, 8 * t + 9, walk)
         i_f = fresh(i_h, 8 * t + 9, walk)
         live = t + rows < end
-        store_slice(locate(dq, i_b, i_f, t), dq, rows, live, b_dq, i_k, dims.K, BK)
+        store_slice(locate(dq, i_e, i_f, t), dq, rows, live, b_dq, i_k, dims.K, BK)
 
         b_dk = tl.zeros([BT, BK], tl.float32)
         for i in tl.static_range(NV):
-            b_v = load_slice(locate(v, i_b, i_f, t), v, rows, live, i * BV, dims.V, BV)
+            b_v = load_slice(locate(v, i_e, i_f, t), v, rows, live, i * BV, dims.V, BV)
             b_dk += product(b_v, b_ds[i], q)
         b_dk, b_dg = complete_gradient(
-            b_dk, b_dg, q, k, v, g, do, rstd, scale, walk, i_b, i_f, t, end, i_k, dims, kind, False, WITH_DG
+            b_dk, b_dg, q, k, v, g, do, rstd, scale, walk, i_e, i_f, t, end, i_k, dims, kind, False, WITH_DG
         )
         rows = fresh_rows(8 * t + 1, walk, BT)
+        i_e = fresh(i_b, 8 * t + 10, walk)
         i_f = fresh(i_h, 8 * t + 10, walk)
         live = t + rows < end
-        store_slice(locate(dk, i_b, i_f, t), dk, rows, live, b_dk, i_k, dims.K, BK)
+        store_slice(locate(dk, i_e, i_f, t), dk, rows, live, b_dk, i_k, dims.K, BK)
         if WITH_DG:
             if DECAY == "channel":
-                store_slice(locate(dg, i_b, i_f, t), dg, rows, live, b_dg, i_k, dims.K, BK)
+                store_slice(locate(dg, i_e, i_f, t), dg, rows, live, b_dg, i_k, dims.K, BK)
             else:  # a batch entry of its own for every slice
-                p_dg = locate(dg, i_b * NK + i_slice, i_f, t) + rows[:, None] * dg.time
+                p_dg = locate(dg, i_e * NK + i_slice, i_f, t) + rows[:, None] * dg.time
                 tl.store(p_dg, b_dg, mask=live[:, None])
 
         if kind.CAUSAL:
             # Late queries have decayed most; sums that begin with them round least.
             rows = fresh_rows(8 * t + 2, walk, BT)
+            i_e = fresh(i_b, 8 * t + 11, walk)
             i_f = fresh(i_h, 8 * t + 11, walk)
             back = BT - 1 - rows
             live = t + back < end
-            b_q = load_features(q, i_b, i_f, t, back, live, i_k, dims.K, BK, MAP)
-            b_q = b_q * load_row_scale(rstd, scale, i_b, i_f, t, back, live, NORMED)
+            b_q = load_features(q, i_e, i_f, t, back, live, i_k, dims.K, BK, MAP)
+            b_q = b_q * load_row_scale(rstd, scale, i_e, i_f, t, back, live, NORMED)
             if DECAY is not None:
-                b_g = load_log_decay(g, i_b, i_f, t, back, live, i_k, dims.K, BK, DECAY)
+                b_g = load_log_decay(g, i_e, i_f, t, back, live, i_k, dims.K, BK, DECAY)
                 b_q = b_q * decay(chunk_sum(b_g, rows, q, "from"), dtype)
                 b_total = tl.sum(b_g, 0)[None, :]
             found = ()
             for i in tl.static_range(NV):
-                b_do = load_slice(locate(do, i_b, i_f, t), do, back, live, i * BV, dims.V, BV)
+                b_do = load_slice(locate(do, i_e, i_f, t), do, back, live, i * BV, dims.V, BV)
                 b_new = product(tl.trans(b_do), b_q, q)
                 if DECAY is not None:
                     b_new = age(b_ds[i], b_new, b_total, dtype)
