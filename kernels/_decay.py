@@ -71,7 +71,8 @@ def split(b_x):
 def sum_rows(picks, b_x, like, b_zero=0.0):
     """``picks @ x``: sums of the rows of ``x [BT, BD]`` that a mask ``[BT, BT]`` picks.
 
-    Of every term, the first 16 bits for 16-bit inputs ``like``, and all 24 for float32.
+    Of every term, the first 16 bits for 16-bit inputs ``like``, and all 24 for float32. ``b_zero``:
+    zeros ``[BT, BT]`` in the layout of a product, where the mask becomes an operand right away.
     """
     b_part, b_rest = split(b_x)
     b_m = tl.where(picks, 1.0, b_zero).to(b_part.dtype)
@@ -85,18 +86,47 @@ def sum_rows(picks, b_x, like, b_zero=0.0):
 
 
 @triton.jit
-def chunk_sum(b_g, rows, like, PART: tl.constexpr):
-    """For every row of ``g [BT, BD]`` the sum of the rows "up to" it, "from" it on, or "behind" it."""
+def sum_columns(b_x, picks, like):
+    """``x @ picks``, as :func:`sum_rows`."""
+    b_part, b_rest = split(b_x)
+    b_m = tl.where(picks, 1.0, 0.0).to(b_part.dtype)
+    b_sum = tl.dot(b_part, b_m, input_precision="ieee")
+    b_part, b_rest = split(b_rest)
+    b_sum += tl.dot(b_part, b_m, input_precision="ieee")
+    if like.ptr.dtype.element_ty == tl.float32:
+        b_part, b_rest = split(b_rest)
+        b_sum += tl.dot(b_part, b_m, input_precision="ieee")
+    return b_sum
+
+
+@triton.jit
+def chunk_decay(b_g, rows, like, PART: tl.constexpr, KIND: tl.constexpr):
+    """``exp`` of sums of log-decays, for every row: those "up to" it, "from" it on or "behind" it.
+
+    ``[BT, BK]``, or ``[BT, 1]`` per "token".
+    """
     if PART == "up to":
         picks = rows[None, :] <= rows[:, None]
     elif PART == "from":
         picks = rows[None, :] >= rows[:, None]
     else:
         picks = rows[None, :] > rows[:, None]
-    if b_g.shape[1] == 1:
-        b_sum = tl.sum(tl.where(picks, tl.trans(b_g), 0.0), 1)[:, None]
+    b_sum = sum_rows(picks, b_g, like)
+    if KIND == "token":
+        b_sum = tl.max(b_sum, 1)[:, None]  # of equal columns
+    return decay(b_sum, like.ptr.dtype.element_ty)
+
+
+@triton.jit
+def chunk_total(b_g, KIND: tl.constexpr, T: tl.constexpr):
+    """The log-decay of a chunk for a state: ``[BK, 1]`` (``[1, BK]`` if ``T``), or a number."""
+    b_sum = tl.sum(b_g, 0)
+    if KIND == "token":
+        b_sum = tl.max(b_sum, 0)
+    elif T:
+        b_sum = b_sum[None, :]
     else:
-        b_sum = sum_rows(picks, b_g, like)
+        b_sum = b_sum[:, None]
     return b_sum
 
 
@@ -167,21 +197,21 @@ def add_channel_scores(b_a, b_q, b_k, b_g, walk, like, TRANSPOSED: tl.constexpr)
 
 @triton.jit
 def token_decay(b_g, rows, like, TRANSPOSED: tl.constexpr):
-    """``exp(G_i - G_j)`` for i >= j, else 0, as ``[BT, BT]``, from ``g [BT, 1]``.
+    """``exp(G_i - G_j)`` for i >= j, else 0, as ``[BT, BT]``, from the ``g`` of a token.
 
     Every exponent is a sum of its own rows, as in :func:`sum_rows`: one after the other, additions
     of a constant decay would all be rounded the same way.
     """
-    dtype: tl.constexpr = like.ptr.dtype.element_ty
-    up_to = rows[:, None] <= rows[None, :]
-    before = rows[:, None] < rows[None, :]
+    b_row = tl.max(b_g, 1)[None, :]  # of equal columns
+    up_to = rows[None, :] <= rows[:, None]
+    b_g = tl.where(up_to != TRANSPOSED, b_row, 0.0)
     if TRANSPOSED:  # [j, t] times [t, i], for j < t <= i
-        b_sum = sum_rows(before, tl.where(up_to, b_g, 0.0), like)
-        b_d = tl.where(up_to, decay(b_sum, dtype), 0.0)
+        b_sum = sum_columns(b_g, rows[:, None] <= rows[None, :], like)
+        seen = rows[:, None] <= rows[None, :]
     else:  # [i, t] times [t, j]
-        b_sum = sum_rows(rows[:, None] >= rows[None, :], tl.where(up_to, 0.0, b_g), like)
-        b_d = tl.where(before, 0.0, decay(b_sum, dtype))
-    return b_d
+        b_sum = sum_columns(b_g, rows[:, None] > rows[None, :], like)
+        seen = rows[:, None] >= rows[None, :]
+    return tl.where(seen, decay(b_sum, like.ptr.dtype.element_ty), 0.0)
 
 
 @triton.jit

@@ -8,11 +8,11 @@ from attnvariants.kernels._launch import launch
 from attnvariants.kernels._linear_configs import STRIDE, Tiles, segment_length, tiles
 from attnvariants.kernels._tiles import Strided, odd
 from attnvariants.kernels._walk import Dims, Walk
-from attnvariants.kernels.linear_backward import (
+from attnvariants.kernels.linear_backward_qk import (
     QueryKeyGradients,
     linear_backward_qk_kernel,
-    linear_backward_v_kernel,
 )
+from attnvariants.kernels.linear_backward_v import linear_backward_v_kernel
 from attnvariants.kernels.linear_epilogue import (
     Norm,
     Outputs,

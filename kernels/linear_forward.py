@@ -17,8 +17,8 @@ import triton.language as tl
 from attnvariants.kernels._decay import (
     add_channel_scores,
     age,
-    chunk_sum,
-    decay,
+    chunk_decay,
+    chunk_total,
     fresh_rows,
     token_decay,
 )
@@ -138,12 +138,12 @@ def linear_forward_kernel(
                 b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, DECAY)
             b_o = product(b_a, b_v, q)  # [BT, BV]
             if DECAY is not None:
-                b_q = b_q * decay(chunk_sum(b_g, rows, q, "up to"), dtype)
-                b_k = b_k * decay(chunk_sum(b_g, rows, q, "behind"), dtype)
+                b_q = b_q * chunk_decay(b_g, rows, q, "up to", DECAY)
+                b_k = b_k * chunk_decay(b_g, rows, q, "behind", DECAY)
             b_o += product(b_q, b_s, q)
             b_write = product(tl.trans(b_k), b_v, q)
             if DECAY is not None:
-                b_s = age(b_s, b_write, tl.sum(b_g, 0)[:, None], dtype)
+                b_s = age(b_s, b_write, chunk_total(b_g, DECAY, False), dtype)
             else:
                 b_s += b_write
         else:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from attnvariants.kernels._decay import age, chunk_sum, decay, fresh_rows
+from attnvariants.kernels._decay import age, chunk_decay, chunk_total, fresh_rows
 from attnvariants.kernels._tiles import load_slice, locate, product
 from attnvariants.kernels._walk import (
     find_segment,
@@ -65,7 +65,7 @@ def linear_states_kernel(
 
     b_s = load_state(start, walk, i_s, i_h, 0, dims, i_k, i_v, False)  # [BK, BV]
     BD: tl.constexpr = dims.BK if DECAY == "channel" else 1
-    b_sum = tl.zeros([BD], tl.float32)
+    b_sum = tl.zeros([BD, 1], tl.float32)
     chunks = tl.cdiv(end - begin, BT)
     for n in tl.range(0, chunks):
         t = begin + n * BT
@@ -89,12 +89,11 @@ def linear_states_kernel(
         if DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, DECAY)
             if BACKWARD:
-                b_decay = chunk_sum(b_g, places, k, "from")
+                b_k = b_k * chunk_decay(b_g, places, k, "from", DECAY)
             else:
-                b_decay = chunk_sum(b_g, places, k, "behind")
-            b_k = b_k * decay(b_decay, dtype)
-            b_total = tl.sum(b_g, 0)
-            b_s = age(b_s, product(tl.trans(b_k), b_v, k), b_total[:, None], dtype)
+                b_k = b_k * chunk_decay(b_g, places, k, "behind", DECAY)
+            b_total = chunk_total(b_g, DECAY, False)
+            b_s = age(b_s, product(tl.trans(b_k), b_v, k), b_total, dtype)
             b_sum += b_total
         else:
             b_s += product(tl.trans(b_k), b_v, k)
@@ -108,9 +107,9 @@ def linear_states_kernel(
             row = tl.cast(i_s, tl.int64) * heads + i_h
             if DECAY == "channel":
                 cols = i_k + tl.arange(0, dims.BK)
-                tl.store(total + row * dims.K + cols, b_sum, mask=cols < dims.K)
+                tl.store(total + row * dims.K + cols[:, None], b_sum, mask=cols[:, None] < dims.K)
             else:
-                tl.store(total + row + tl.arange(0, 1), b_sum)
+                tl.store(total + row + tl.arange(0, 1)[:, None], b_sum)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Linear attention backward: two walks from the end of a sequence to its start.
+"""Linear attention backward: two walks from the end of a sequence to its start; here dq, dk, dg.
 
 With S the state at the start of a chunk and dS the cotangent of the state at its end:
 
@@ -10,10 +10,14 @@ With S the state at the start of a chunk and dS the cotangent of the state at it
 The log-decay of a token decays every pair (j, i) with j before the token and i not: its gradient is
 the sum of what these pairs, and the states, carry across it, by additions only.
 
-One walk finds dq, dk and dg of a slice of the key channels, with S and dS at hand; S comes from the
-last state that was kept, over the few chunks between. The other finds dv of a slice of the value
-channels, from dS. Their states are ``[V, K]`` and ``[K, V]``, so that no product needs a
-transposed one.
+This walk takes a slice of the key channels, with S and dS at hand; S comes from the last state that
+was kept, over the few chunks between. The other, in ``linear_backward_v.py``, takes a slice of the
+value channels, with dS alone: one walk for both would have to hold all of a state. The states of
+the two are ``[V, K]`` and ``[K, V]``, so that no product needs a transposed one.
+
+What fits the registers decides the form. A chunk is gone through in phases, dq before dk, that hold
+little more than their results; the rest is loaded again, from the L1 cache, and with :func:`fresh`
+also masks and addresses belong to one phase each.
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from attnvariants.kernels._decay import (
-    within,
-    chunk_sum,
     age,
+    chunk_decay,
+    chunk_total,
     count_levels,
     decay,
     fresh,
@@ -34,6 +38,7 @@ from attnvariants.kernels._decay import (
     partners,
     sum_rows,
     token_decay,
+    within,
 )
 from attnvariants.kernels._feature_map import map_gradient
 from attnvariants.kernels._tiles import cast, load_slice, locate, product, store_slice
@@ -44,13 +49,11 @@ from attnvariants.kernels._walk import (
     load_log_decay,
     load_row_scale,
     load_state,
-    locate_state,
 )
-from attnvariants.kernels.linear_forward import chunk_scores
 
 
 class QueryKeyGradients(NamedTuple):
-    """What the first walk writes."""
+    """What the walk writes."""
 
     dq: Any  # Strided [B, T, H, K]
     dk: Any  # Strided [B, T, H, K]
@@ -85,7 +88,6 @@ def find_state(
 ):
     """A slice ``[BV, BK]`` of the state at token ``t``, from the one that was kept at ``begin``."""
     BT: tl.constexpr = dims.BT
-    dtype: tl.constexpr = k.ptr.dtype.element_ty
     DECAY: tl.constexpr = kind.DECAY
     b_s = load_state(marks, walk, i_m, i_h, t, dims, i_k, i_v, True)
     for i_t in tl.range(begin, t, BT):
@@ -96,21 +98,19 @@ def find_state(
         b_k = load_features(k, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
         if DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, DECAY)
-            b_total = tl.sum(b_g, 0)[None, :]
-            b_k = b_k * decay(chunk_sum(b_g, rows, k, "behind"), dtype)
+            b_k = b_k * chunk_decay(b_g, rows, k, "behind", DECAY)
+            b_total = chunk_total(b_g, DECAY, True)
         b_v = load_slice(locate(v, i_b, i_h, i_t), v, rows, live, i_v, dims.V, dims.BV)
         b_new = product(tl.trans(b_v), b_k, k)
         if DECAY is not None:
-            b_s = age(b_s, b_new, b_total, dtype)
+            b_s = age(b_s, b_new, b_total, k.ptr.dtype.element_ty)
         else:
             b_s += b_new
     return b_s
 
 
 @triton.jit
-def pair_cotangents(
-    a, b, walk, i_b, i_h, t, end, step, dims: tl.constexpr, like, NV: tl.constexpr
-):
+def pair_cotangents(a, b, walk, i_b, i_h, t, end, step, dims: tl.constexpr, like):
     """``a_i . b_j`` for the rows of a chunk, ``[BT, BT]``."""
     BT: tl.constexpr = dims.BT
     b_da = tl.zeros([BT, BT], tl.float32)
@@ -127,7 +127,19 @@ def pair_cotangents(
 
 @triton.jit
 def load_side(
-    q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims: tl.constexpr, MAP: tl.constexpr, QUERIES: tl.constexpr
+    q,
+    k,
+    rstd,
+    scale,
+    i_b,
+    i_h,
+    t,
+    rows,
+    live,
+    i_k,
+    dims: tl.constexpr,
+    MAP: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):
     """The queries of a chunk with their factors, or else its keys, ``[BT, BK]``."""
     if QUERIES:
@@ -161,8 +173,7 @@ def add_channel_gradient(
 ):
     """Adds the gradient of the queries (or else keys) through the scores of pairs i > j.
 
-    ``pairs`` are the cotangents of the scores with their own rows first, ``[BT, BT]``. Everything
-    else is loaded again for every level, from the L1 cache: it would not fit beside these.
+    ``pairs`` are the cotangents of the scores with their own rows first, ``[BT, BT]``.
     """
     BT: tl.constexpr = dims.BT
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
@@ -170,13 +181,12 @@ def add_channel_gradient(
         i_b = fresh(i_b, level, walk)
         i_h = fresh(i_h, level, walk)
         live = t + rows < end
-        b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, "channel")
         b_zero = tl.where(level < 0, b_pairs.to(tl.float32), 0.0)
+        b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, "channel")
         b_e = level_decay(b_g, rows, level, q, b_zero)
         b_x = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, not QUERIES)
-        b_part = b_e * product(
-            tl.where(partners(rows, level, QUERIES), b_pairs, 0.0), b_x * b_e, q
-        )
+        b_met = tl.where(partners(rows, level, QUERIES), b_pairs, 0.0)
+        b_part = b_e * product(b_met, b_x * b_e, q)
         b_d += b_part
         if WITH_DG:
             # A query's flow crosses the rows of its half up to itself, a key's those behind it.
@@ -193,35 +203,31 @@ def add_channel_gradient(
 
 @triton.jit
 def add_token_gradient(
-    b_d, b_dg, b_own, b_other, b_g, b_pairs, rows, like, QUERIES: tl.constexpr, WITH_DG: tl.constexpr
+    b_d,
+    b_dg,
+    b_own,
+    b_other,
+    b_g,
+    b_pairs,
+    rows,
+    like,
+    QUERIES: tl.constexpr,
+    WITH_DG: tl.constexpr,
 ):
-    """The same where a log-decay ``[BT, 1]`` serves all channels; with the pairs i = j."""
+    """The same where a log-decay serves all channels, with the pairs i = j.
+
+    Of these flows, over all channels, the first column of ``dg [BT, BK]`` takes the sum.
+    """
+    BK: tl.constexpr = b_d.shape[1]
     b_pairs = b_pairs * token_decay(b_g, rows, like, not QUERIES)
     if WITH_DG and QUERIES:
         before = rows[:, None] > rows[None, :]
         b_flow = tl.where(before, product(b_own, tl.trans(b_other), like) * b_pairs, 0.0)
         b_flow = sum_rows(rows[:, None] <= rows[None, :], b_flow, like)
-        b_dg += tl.sum(tl.where(before, b_flow, 0.0), 1)[:, None]
+        b_flow = tl.sum(tl.where(before, b_flow, 0.0), 1)[:, None]
+        b_dg += tl.where(tl.arange(0, BK)[None, :] == 0, b_flow, 0.0)
     b_d += product(b_pairs, b_other, like)
     return b_d, b_dg
-
-
-@triton.jit
-def sum_crossing(b_x, rows, like, FROM_BEFORE: tl.constexpr, KIND: tl.constexpr):
-    """The flow across each row: of what came to rows from before the chunk, or left for behind it.
-
-    ``FROM_BEFORE``: sums over this row and those behind it, else over the rows before it.
-    """
-    if FROM_BEFORE:
-        crosses = rows[None, :] >= rows[:, None]
-    else:
-        crosses = rows[None, :] < rows[:, None]
-    if KIND == "channel":
-        b_sum = sum_rows(crosses, b_x, like)
-    else:
-        b_x = tl.sum(b_x, 1)
-        b_sum = tl.sum(tl.where(crosses, b_x[None, :], 0.0), 1)[:, None]
-    return b_sum
 
 
 @triton.jit
@@ -249,35 +255,56 @@ def complete_gradient(
     """dq (or else dk) and what it adds to dg, from its part ``[BT, BK]`` through a state."""
     BT: tl.constexpr = dims.BT
     BK: tl.constexpr = dims.BK
-    NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
-    dtype: tl.constexpr = q.ptr.dtype.element_ty
     DECAY: tl.constexpr = kind.DECAY
     MAP: tl.constexpr = kind.FEATURE_MAP
-    NORMED: tl.constexpr = rstd is not None
+    step = 16 * t + (1 if QUERIES else 2)
     if kind.CAUSAL:
         if QUERIES:
-            b_da = pair_cotangents(do, v, walk, i_b, i_h, t, end, 4 * t + 1, dims, q, NV)
+            b_da = pair_cotangents(do, v, walk, i_b, i_h, t, end, step, dims, q)
         else:
-            b_da = pair_cotangents(v, do, walk, i_b, i_h, t, end, 4 * t + 2, dims, q, NV)
-    rows = fresh_rows(8 * t + (3 if QUERIES else 4), walk, BT)
-    i_b = fresh(i_b, 8 * t + (5 if QUERIES else 6), walk)
-    i_h = fresh(i_h, 8 * t + (5 if QUERIES else 6), walk)
+            b_da = pair_cotangents(v, do, walk, i_b, i_h, t, end, step, dims, q)
+    rows = fresh_rows(step + 2, walk, BT)
+    i_b = fresh(i_b, step + 2, walk)
+    i_h = fresh(i_h, step + 2, walk)
     live = t + rows < end
     if DECAY is not None:
         b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, DECAY)
-        b_d = b_d * decay(chunk_sum(b_g, rows, q, "up to" if QUERIES else "behind"), dtype)
+        b_d = b_d * chunk_decay(b_g, rows, q, "up to" if QUERIES else "behind", DECAY)
         b_own = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, QUERIES)
         if WITH_DG:
-            b_dg += sum_crossing(b_own * b_d, rows, q, QUERIES, DECAY)
+            # Across a row goes what comes from before the chunk to it and to those behind it, or
+            # what leaves for behind the chunk from those before it.
+            if QUERIES:
+                crosses = rows[None, :] >= rows[:, None]
+            else:
+                crosses = rows[None, :] < rows[:, None]
+            b_dg += sum_rows(crosses, b_own * b_d, q)
     if kind.CAUSAL:
         b_other = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, not QUERIES)
         if DECAY == "channel":
             same = rows[:, None] == rows[None, :]
             b_d += tl.sum(tl.where(same, b_da, 0.0), 1)[:, None] * b_other
-            if dtype == tl.bfloat16:  # as the products take it, in half the registers
-                b_da = cast(b_da, dtype)
+            if q.ptr.dtype.element_ty == tl.bfloat16:  # as the products take it
+                b_da = cast(b_da, tl.bfloat16)
             b_d, b_dg = add_channel_gradient(
-                b_d, b_dg, b_da, q, k, g, rstd, scale, walk, i_b, i_h, t, end, i_k, dims, MAP, QUERIES, WITH_DG
+                b_d,
+                b_dg,
+                b_da,
+                q,
+                k,
+                g,
+                rstd,
+                scale,
+                walk,
+                i_b,
+                i_h,
+                t,
+                end,
+                i_k,
+                dims,
+                MAP,
+                QUERIES,
+                WITH_DG,
             )
         elif DECAY == "token":
             b_d, b_dg = add_token_gradient(
@@ -287,7 +314,7 @@ def complete_gradient(
             seen = rows[:, None] >= rows[None, :] if QUERIES else rows[:, None] <= rows[None, :]
             b_d += product(tl.where(seen, b_da, 0.0), b_other, q)
     if QUERIES:
-        b_d = b_d * load_row_scale(rstd, scale, i_b, i_h, t, rows, live, NORMED)
+        b_d = b_d * load_row_scale(rstd, scale, i_b, i_h, t, rows, live, rstd is not None)
     if MAP is not None:
         x = q if QUERIES else k
         b_x = load_slice(locate(x, i_b, i_h, t), x, rows, live, i_k, dims.K, BK)
@@ -321,7 +348,6 @@ def linear_backward_qk_kernel(
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     DECAY: tl.constexpr = kind.DECAY
     MAP: tl.constexpr = kind.FEATURE_MAP
-    NORMED: tl.constexpr = rstd is not None
     dq = grads.dq
     dk = grads.dk
     dg = grads.dg
@@ -329,17 +355,15 @@ def linear_backward_qk_kernel(
     i_slice = i_program % NK
     i_k = i_slice * BK
     heads = walk.heads >> 1
-    i_h = i_program // NK % heads
+    i_head = i_program // NK % heads
     i_s = i_program // NK // heads
-    i_n, i_b, _, first, _, begin, end = find_segment(walk, i_s)
+    i_n, i_batch, _, first, _, begin, end = find_segment(walk, i_s)
 
     i_end = i_s if kind.CAUSAL else i_n
-    b_ds = load_slices(ends, walk, i_end, i_h, dims, i_k, NV)  # of [BV, BK]
+    b_ds = load_slices(ends, walk, i_end, i_head, dims, i_k, NV)  # of [BV, BK]
     chunks = tl.cdiv(end - begin, BT)
     for n in tl.range(0, chunks):
         t = begin + (chunks - 1 - n) * BT
-        i_e = fresh(i_b, t, walk)
-        i_f = fresh(i_h, t, walk)
         i_m = i_n
         begin_m = t
         if kind.CAUSAL:
@@ -348,69 +372,103 @@ def linear_backward_qk_kernel(
             i_m = first_slot(marked, i_n, first) + place_m
             begin_m = first + place_m * stride
 
-        rows = fresh_rows(t, walk, BT)
+        rows = fresh_rows(16 * t + 5, walk, BT)
+        i_b = fresh(i_batch, 16 * t + 5, walk)
+        i_h = fresh(i_head, 16 * t + 5, walk)
         live = t + rows < end
         b_dq = tl.zeros([BT, BK], tl.float32)
         b_through = tl.zeros([BK], tl.float32)
         for i in tl.static_range(NV):
             b_s = find_state(
-                marks, k, v, g, walk, i_m, i_e, i_f, t, begin_m, i_k, i * BV, dims, kind
+                marks, k, v, g, walk, i_m, i_b, i_h, t, begin_m, i_k, i * BV, dims, kind
             )
-            b_do = load_slice(locate(do, i_e, i_f, t), do, rows, live, i * BV, dims.V, BV)
+            b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i * BV, dims.V, BV)
             b_dq += product(b_do, b_s, q)
             b_through += tl.sum(b_s * b_ds[i], 0)
         b_dg = b_dq
         if WITH_DG:
-            b_g = load_log_decay(g, i_e, i_f, t, rows, live, i_k, dims.K, BK, DECAY)
-            b_through = b_through[None, :]
-            if DECAY == "token":
-                b_through = tl.sum(b_through, 1)[:, None]
-            b_through = decay(tl.sum(b_g, 0)[None, :], dtype) * b_through
-            b_dg = b_through + tl.zeros([BT, b_g.shape[1]], tl.float32)
+            b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, DECAY)
+            b_through = decay(chunk_total(b_g, DECAY, True), dtype) * b_through[None, :]
+            b_dg = b_through + tl.zeros([BT, BK], tl.float32)
         b_dq, b_dg = complete_gradient(
-            b_dq, b_dg, q, k, v, g, do, rstd, scale, walk, i_e, i_f, t, end, i_k, dims, kind, True, WITH_DG
+            b_dq,
+            b_dg,
+            q,
+            k,
+            v,
+            g,
+            do,
+            rstd,
+            scale,
+            walk,
+            i_b,
+            i_h,
+            t,
+            end,
+            i_k,
+            dims,
+            kind,
+            True,
+            WITH_DG,
         )
-        rows = fresh_rows(4 * t + 3, walk, BT)
-        i_e = fresh(i_b, 8 * t + 9, walk)
-        i_f = fresh(i_h, 8 * t + 9, walk)
+        rows = fresh_rows(16 * t + 6, walk, BT)
+        i_b = fresh(i_batch, 16 * t + 6, walk)
+        i_h = fresh(i_head, 16 * t + 6, walk)
         live = t + rows < end
-        store_slice(locate(dq, i_e, i_f, t), dq, rows, live, b_dq, i_k, dims.K, BK)
+        store_slice(locate(dq, i_b, i_h, t), dq, rows, live, b_dq, i_k, dims.K, BK)
 
         b_dk = tl.zeros([BT, BK], tl.float32)
         for i in tl.static_range(NV):
-            b_v = load_slice(locate(v, i_e, i_f, t), v, rows, live, i * BV, dims.V, BV)
+            b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i * BV, dims.V, BV)
             b_dk += product(b_v, b_ds[i], q)
         b_dk, b_dg = complete_gradient(
-            b_dk, b_dg, q, k, v, g, do, rstd, scale, walk, i_e, i_f, t, end, i_k, dims, kind, False, WITH_DG
+            b_dk,
+            b_dg,
+            q,
+            k,
+            v,
+            g,
+            do,
+            rstd,
+            scale,
+            walk,
+            i_b,
+            i_h,
+            t,
+            end,
+            i_k,
+            dims,
+            kind,
+            False,
+            WITH_DG,
         )
-        rows = fresh_rows(8 * t + 1, walk, BT)
-        i_e = fresh(i_b, 8 * t + 10, walk)
-        i_f = fresh(i_h, 8 * t + 10, walk)
+        rows = fresh_rows(16 * t + 7, walk, BT)
+        i_b = fresh(i_batch, 16 * t + 7, walk)
+        i_h = fresh(i_head, 16 * t + 7, walk)
         live = t + rows < end
-        store_slice(locate(dk, i_e, i_f, t), dk, rows, live, b_dk, i_k, dims.K, BK)
+        store_slice(locate(dk, i_b, i_h, t), dk, rows, live, b_dk, i_k, dims.K, BK)
         if WITH_DG:
             if DECAY == "channel":
-                store_slice(locate(dg, i_e, i_f, t), dg, rows, live, b_dg, i_k, dims.K, BK)
+                store_slice(locate(dg, i_b, i_h, t), dg, rows, live, b_dg, i_k, dims.K, BK)
             else:  # a batch entry of its own for every slice
-                p_dg = locate(dg, i_e * NK + i_slice, i_f, t) + rows[:, None] * dg.time
-                tl.store(p_dg, b_dg, mask=live[:, None])
+                p_dg = locate(dg, i_b * NK + i_slice, i_h, t) + rows * dg.time
+                tl.store(p_dg, tl.sum(b_dg, 1), mask=live)
 
         if kind.CAUSAL:
+            rows = fresh_rows(16 * t + 8, walk, BT)
+            i_b = fresh(i_batch, 16 * t + 8, walk)
+            i_h = fresh(i_head, 16 * t + 8, walk)
             # Late queries have decayed most; sums that begin with them round least.
-            rows = fresh_rows(8 * t + 2, walk, BT)
-            i_e = fresh(i_b, 8 * t + 11, walk)
-            i_f = fresh(i_h, 8 * t + 11, walk)
             back = BT - 1 - rows
             live = t + back < end
-            b_q = load_features(q, i_e, i_f, t, back, live, i_k, dims.K, BK, MAP)
-            b_q = b_q * load_row_scale(rstd, scale, i_e, i_f, t, back, live, NORMED)
+            b_q = load_side(q, k, rstd, scale, i_b, i_h, t, back, live, i_k, dims, MAP, True)
             if DECAY is not None:
-                b_g = load_log_decay(g, i_e, i_f, t, back, live, i_k, dims.K, BK, DECAY)
-                b_q = b_q * decay(chunk_sum(b_g, rows, q, "from"), dtype)
-                b_total = tl.sum(b_g, 0)[None, :]
+                b_g = load_log_decay(g, i_b, i_h, t, back, live, i_k, dims.K, BK, DECAY)
+                b_q = b_q * chunk_decay(b_g, rows, q, "from", DECAY)
+                b_total = chunk_total(b_g, DECAY, True)
             found = ()
             for i in tl.static_range(NV):
-                b_do = load_slice(locate(do, i_e, i_f, t), do, back, live, i * BV, dims.V, BV)
+                b_do = load_slice(locate(do, i_b, i_h, t), do, back, live, i * BV, dims.V, BV)
                 b_new = product(tl.trans(b_do), b_q, q)
                 if DECAY is not None:
                     b_new = age(b_ds[i], b_new, b_total, dtype)
@@ -418,68 +476,3 @@ def linear_backward_qk_kernel(
                     b_new += b_ds[i]
                 found = found + (b_new,)
             b_ds = found
-
-
-@triton.jit
-def linear_backward_v_kernel(
-    q,  # Strided [B, T, H, K]
-    k,  # Strided [B, T, H, K]
-    g,  # Strided [B, T, H, K] or [B, T, H]; None
-    do,  # Strided [B, T, H, V]
-    rstd,  # Strided [B, T, H]; None
-    ends,  # [segments, H, K, V], cotangents of states; of sequences if not causal; None for zeros
-    dv,  # Strided [B, T, H, V]
-    dstart,  # [segments, H, K, V], cotangents of the states that segments start from; None
-    walk,  # Walk
-    scale,
-    dims: tl.constexpr,  # Dims, all of K in a tile
-    kind: tl.constexpr,  # Kind
-):
-    BT: tl.constexpr = dims.BT
-    NV: tl.constexpr = (dims.V + dims.BV - 1) // dims.BV
-    dtype: tl.constexpr = q.ptr.dtype.element_ty
-    DECAY: tl.constexpr = kind.DECAY
-    MAP: tl.constexpr = kind.FEATURE_MAP
-    NORMED: tl.constexpr = rstd is not None
-    i_program = tl.program_id(0)
-    i_v = i_program % NV * dims.BV
-    heads = walk.heads >> 1
-    i_h = i_program // NV % heads
-    i_s = i_program // NV // heads
-    i_n, i_b, _, _, _, begin, end = find_segment(walk, i_s)
-
-    i_end = i_s if kind.CAUSAL else i_n
-    b_ds = load_state(ends, walk, i_end, i_h, 0, dims, 0, i_v, False)  # [BK, BV]
-    chunks = tl.cdiv(end - begin, BT)
-    for n in tl.range(0, chunks):
-        t = begin + (chunks - 1 - n) * BT
-        rows = fresh_rows(t, walk, BT)
-        live = t + rows < end
-        if kind.CAUSAL:
-            b_at = chunk_scores(
-                q, k, g, rstd, scale, walk, i_b, i_h, t, rows, live, dims, kind, True, NORMED
-            )
-        b_k = load_features(k, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, MAP)
-        if DECAY is not None:
-            b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, DECAY)
-            b_k = b_k * decay(chunk_sum(b_g, rows, q, "behind"), dtype)
-        b_dv = product(b_k, b_ds, q)  # [BT, BV]
-        if kind.CAUSAL:
-            b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i_v, dims.V, dims.BV)
-            b_dv += product(b_at, b_do, q)
-            # Late queries have decayed most; sums that begin with them round least.
-            back = BT - 1 - rows
-            live = t + back < end
-            b_do = load_slice(locate(do, i_b, i_h, t), do, back, live, i_v, dims.V, dims.BV)
-            b_q = load_features(q, i_b, i_h, t, back, live, 0, dims.K, dims.BK, MAP)
-            b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, back, live, NORMED)
-            if DECAY is not None:
-                b_g = load_log_decay(g, i_b, i_h, t, back, live, 0, dims.K, dims.BK, DECAY)
-                b_q = b_q * decay(chunk_sum(b_g, rows, q, "from"), dtype)
-                b_ds = age(b_ds, product(tl.trans(b_q), b_do, q), tl.sum(b_g, 0)[:, None], dtype)
-            else:
-                b_ds += product(tl.trans(b_q), b_do, q)
-        store_slice(locate(dv, i_b, i_h, t), dv, rows, t + rows < end, b_dv, i_v, dims.V, dims.BV)
-    if dstart is not None:
-        p_s, mask = locate_state(dstart, walk, i_s, i_h, 0, dims, 0, i_v, False)
-        tl.store(p_s, b_ds, mask=mask)
