@@ -141,14 +141,16 @@ def within(rows, first, count):
 
 
 @triton.jit
-def level_decay(b_g, rows, level, like, b_zero):
-    """The factors ``[BT, BK]`` of every row at a level."""
+def level_decay(b_g, rows, level, like, b_zero, KIND: tl.constexpr):
+    """The factors ``[BT, BK]`` of every row at a level, or ``[BT, 1]`` per "token"."""
     # Of its half a query takes the rows up to itself, a key those behind it.
     half = (rows >> level) << level
     is_query = ((rows >> level) & 1) == 1
     first = tl.where(is_query, half, rows + 1)
     count = tl.where(is_query, rows + 1, half + (1 << level)) - first
     b_sum = sum_rows(within(rows, first, count), b_g, like, b_zero)
+    if KIND == "token":
+        b_sum = tl.max(b_sum, 1)[:, None]  # of equal columns
     return decay(b_sum, like.ptr.dtype.element_ty)
 
 
@@ -184,7 +186,7 @@ def add_channel_scores(b_a, b_q, b_k, b_g, walk, like, TRANSPOSED: tl.constexpr)
     b_own = tl.sum(b_q * b_k, 1)[:, None]
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
         rows = fresh_rows(level, walk, BT)
-        b_e = level_decay(b_g, rows, level, like, tl.where(level < 0, b_a, 0.0))
+        b_e = level_decay(b_g, rows, level, like, tl.where(level < 0, b_a, 0.0), "channel")
         if TRANSPOSED:
             b_pairs = product(b_k * b_e, tl.trans(b_q * b_e), like)
         else:

@@ -37,7 +37,6 @@ from attnvariants.kernels._decay import (
     level_decay,
     partners,
     sum_rows,
-    token_decay,
     within,
 )
 from attnvariants.kernels._feature_map import map_gradient
@@ -151,7 +150,7 @@ def load_side(
 
 
 @triton.jit
-def add_channel_gradient(
+def add_decayed_gradient(
     b_d,
     b_dg,
     b_pairs,
@@ -167,7 +166,7 @@ def add_channel_gradient(
     end,
     i_k,
     dims: tl.constexpr,
-    MAP: tl.constexpr,
+    kind: tl.constexpr,
     QUERIES: tl.constexpr,
     WITH_DG: tl.constexpr,
 ):
@@ -176,14 +175,15 @@ def add_channel_gradient(
     ``pairs`` are the cotangents of the scores with their own rows first, ``[BT, BT]``.
     """
     BT: tl.constexpr = dims.BT
+    MAP: tl.constexpr = kind.FEATURE_MAP
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
         rows = fresh_rows(level, walk, BT)
         i_b = fresh(i_b, level, walk)
         i_h = fresh(i_h, level, walk)
         live = t + rows < end
         b_zero = tl.where(level < 0, b_pairs.to(tl.float32), 0.0)
-        b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, "channel")
-        b_e = level_decay(b_g, rows, level, q, b_zero)
+        b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, kind.DECAY)
+        b_e = level_decay(b_g, rows, level, q, b_zero, kind.DECAY)
         b_x = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, not QUERIES)
         b_met = tl.where(partners(rows, level, QUERIES), b_pairs, 0.0)
         b_part = b_e * product(b_met, b_x * b_e, q)
@@ -198,35 +198,6 @@ def add_channel_gradient(
                 crosses = within(rows, half, rows - half)
             b_x = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, QUERIES)
             b_dg += sum_rows(crosses, b_x * b_part, q, b_zero)
-    return b_d, b_dg
-
-
-@triton.jit
-def add_token_gradient(
-    b_d,
-    b_dg,
-    b_own,
-    b_other,
-    b_g,
-    b_pairs,
-    rows,
-    like,
-    QUERIES: tl.constexpr,
-    WITH_DG: tl.constexpr,
-):
-    """The same where a log-decay serves all channels, with the pairs i = j.
-
-    Of these flows, over all channels, the first column of ``dg [BT, BK]`` takes the sum.
-    """
-    BK: tl.constexpr = b_d.shape[1]
-    b_pairs = b_pairs * token_decay(b_g, rows, like, not QUERIES)
-    if WITH_DG and QUERIES:
-        before = rows[:, None] > rows[None, :]
-        b_flow = tl.where(before, product(b_own, tl.trans(b_other), like) * b_pairs, 0.0)
-        b_flow = sum_rows(rows[:, None] <= rows[None, :], b_flow, like)
-        b_flow = tl.sum(tl.where(before, b_flow, 0.0), 1)[:, None]
-        b_dg += tl.where(tl.arange(0, BK)[None, :] == 0, b_flow, 0.0)
-    b_d += product(b_pairs, b_other, like)
     return b_d, b_dg
 
 
@@ -281,12 +252,12 @@ def complete_gradient(
             b_dg += sum_rows(crosses, b_own * b_d, q)
     if kind.CAUSAL:
         b_other = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, not QUERIES)
-        if DECAY == "channel":
+        if DECAY is not None:
             same = rows[:, None] == rows[None, :]
             b_d += tl.sum(tl.where(same, b_da, 0.0), 1)[:, None] * b_other
             if q.ptr.dtype.element_ty == tl.bfloat16:  # as the products take it
                 b_da = cast(b_da, tl.bfloat16)
-            b_d, b_dg = add_channel_gradient(
+            b_d, b_dg = add_decayed_gradient(
                 b_d,
                 b_dg,
                 b_da,
@@ -302,13 +273,9 @@ def complete_gradient(
                 end,
                 i_k,
                 dims,
-                MAP,
+                kind,
                 QUERIES,
                 WITH_DG,
-            )
-        elif DECAY == "token":
-            b_d, b_dg = add_token_gradient(
-                b_d, b_dg, b_own, b_other, b_g, b_da, rows, q, QUERIES, WITH_DG
             )
         else:
             seen = rows[:, None] >= rows[None, :] if QUERIES else rows[:, None] <= rows[None, :]
@@ -450,7 +417,7 @@ def linear_backward_qk_kernel(
         if WITH_DG:
             if DECAY == "channel":
                 store_slice(locate(dg, i_b, i_h, t), dg, rows, live, b_dg, i_k, dims.K, BK)
-            else:  # a batch entry of its own for every slice
+            else:  # the sum over channels; a batch entry of its own for every slice
                 p_dg = locate(dg, i_b * NK + i_slice, i_h, t) + rows * dg.time
                 tl.store(p_dg, tl.sum(b_dg, 1), mask=live)
 
