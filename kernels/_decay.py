@@ -42,6 +42,15 @@ def fresh_rows(step, walk, BT: tl.constexpr):
 
 
 @triton.jit
+def fresh_chunk(step, walk, i_b, i_h, t, BT: tl.constexpr):
+    """Batch entry, head and first token of a chunk, and its rows; everything as :func:`fresh`."""
+    i_b = fresh(i_b, step, walk)
+    i_h = fresh(i_h, step, walk)
+    t = fresh(t, step, walk)
+    return i_b, i_h, t, fresh_rows(step, walk, BT)
+
+
+@triton.jit
 def decay(b_sum, dtype: tl.constexpr):
     """``exp(sum)`` of log-decays; for float32 inputs also where the sum is large.
 

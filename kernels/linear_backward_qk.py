@@ -33,7 +33,7 @@ from attnvariants.kernels._decay import (
     count_levels,
     decay,
     fresh,
-    fresh_rows,
+    fresh_chunk,
     level_decay,
     partners,
     sum_rows,
@@ -90,9 +90,7 @@ def find_state(
     DECAY: tl.constexpr = kind.DECAY
     b_s = load_state(marks, walk, i_m, i_h, t, dims, i_k, i_v, True)
     for i_t in tl.range(begin, t, BT):
-        rows = fresh_rows(i_t, walk, BT)
-        i_b = fresh(i_b, i_t, walk)
-        i_h = fresh(i_h, i_t, walk)
+        i_b, i_h, i_t, rows = fresh_chunk(i_t, walk, i_b, i_h, i_t, BT)
         live = rows < BT
         b_k = load_features(k, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
         if DECAY is not None:
@@ -113,9 +111,7 @@ def pair_cotangents(a, b, walk, i_b, i_h, t, end, step, dims: tl.constexpr, like
     """``a_i . b_j`` for the rows of a chunk, ``[BT, BT]``."""
     BT: tl.constexpr = dims.BT
     b_da = tl.zeros([BT, BT], tl.float32)
-    rows = fresh_rows(step, walk, BT)
-    i_b = fresh(i_b, step, walk)
-    i_h = fresh(i_h, step, walk)
+    i_b, i_h, t, rows = fresh_chunk(step, walk, i_b, i_h, t, BT)
     live = t + rows < end
     for i_v in tl.range(0, dims.V, dims.BV, loop_unroll_factor=1):
         b_a = load_slice(locate(a, i_b, i_h, t), a, rows, live, i_v, dims.V, dims.BV)
@@ -177,9 +173,7 @@ def add_decayed_gradient(
     BT: tl.constexpr = dims.BT
     MAP: tl.constexpr = kind.FEATURE_MAP
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
-        rows = fresh_rows(level, walk, BT)
-        i_b = fresh(i_b, level, walk)
-        i_h = fresh(i_h, level, walk)
+        i_b, i_h, t, rows = fresh_chunk(level, walk, i_b, i_h, t, BT)
         live = t + rows < end
         b_zero = tl.where(level < 0, b_pairs.to(tl.float32), 0.0)
         b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, kind.DECAY)
@@ -234,9 +228,7 @@ def complete_gradient(
             b_da = pair_cotangents(do, v, walk, i_b, i_h, t, end, step, dims, q)
         else:
             b_da = pair_cotangents(v, do, walk, i_b, i_h, t, end, step, dims, q)
-    rows = fresh_rows(step + 2, walk, BT)
-    i_b = fresh(i_b, step + 2, walk)
-    i_h = fresh(i_h, step + 2, walk)
+    i_b, i_h, t, rows = fresh_chunk(step + 2, walk, i_b, i_h, t, BT)
     live = t + rows < end
     if DECAY is not None:
         b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, DECAY)
@@ -253,7 +245,7 @@ def complete_gradient(
     if kind.CAUSAL:
         b_other = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, not QUERIES)
         if DECAY is not None:
-            same = rows[:, None] == rows[None, :]
+            same = rows[:, None] == fresh(rows, step + 2, walk)[None, :]
             b_d += tl.sum(tl.where(same, b_da, 0.0), 1)[:, None] * b_other
             if q.ptr.dtype.element_ty == tl.bfloat16:  # as the products take it
                 b_da = cast(b_da, tl.bfloat16)
@@ -330,18 +322,16 @@ def linear_backward_qk_kernel(
     b_ds = load_slices(ends, walk, i_end, i_head, dims, i_k, NV)  # of [BV, BK]
     chunks = tl.cdiv(end - begin, BT)
     for n in tl.range(0, chunks):
-        t = begin + (chunks - 1 - n) * BT
+        i_t = begin + (chunks - 1 - n) * BT
         i_m = i_n
-        begin_m = t
+        begin_m = i_t
         if kind.CAUSAL:
             stride = marked.span >> 1
-            place_m = (t - first) // stride
+            place_m = (i_t - first) // stride
             i_m = first_slot(marked, i_n, first) + place_m
             begin_m = first + place_m * stride
 
-        rows = fresh_rows(16 * t + 5, walk, BT)
-        i_b = fresh(i_batch, 16 * t + 5, walk)
-        i_h = fresh(i_head, 16 * t + 5, walk)
+        i_b, i_h, t, rows = fresh_chunk(16 * i_t + 5, walk, i_batch, i_head, i_t, BT)
         live = t + rows < end
         b_dq = tl.zeros([BT, BK], tl.float32)
         b_through = tl.zeros([BK], tl.float32)
@@ -378,9 +368,7 @@ def linear_backward_qk_kernel(
             True,
             WITH_DG,
         )
-        rows = fresh_rows(16 * t + 6, walk, BT)
-        i_b = fresh(i_batch, 16 * t + 6, walk)
-        i_h = fresh(i_head, 16 * t + 6, walk)
+        i_b, i_h, t, rows = fresh_chunk(16 * i_t + 6, walk, i_batch, i_head, i_t, BT)
         live = t + rows < end
         store_slice(locate(dq, i_b, i_h, t), dq, rows, live, b_dq, i_k, dims.K, BK)
 
@@ -409,9 +397,7 @@ def linear_backward_qk_kernel(
             False,
             WITH_DG,
         )
-        rows = fresh_rows(16 * t + 7, walk, BT)
-        i_b = fresh(i_batch, 16 * t + 7, walk)
-        i_h = fresh(i_head, 16 * t + 7, walk)
+        i_b, i_h, t, rows = fresh_chunk(16 * i_t + 7, walk, i_batch, i_head, i_t, BT)
         live = t + rows < end
         store_slice(locate(dk, i_b, i_h, t), dk, rows, live, b_dk, i_k, dims.K, BK)
         if WITH_DG:
@@ -422,9 +408,7 @@ def linear_backward_qk_kernel(
                 tl.store(p_dg, tl.sum(b_dg, 1), mask=live)
 
         if kind.CAUSAL:
-            rows = fresh_rows(16 * t + 8, walk, BT)
-            i_b = fresh(i_batch, 16 * t + 8, walk)
-            i_h = fresh(i_head, 16 * t + 8, walk)
+            i_b, i_h, t, rows = fresh_chunk(16 * i_t + 8, walk, i_batch, i_head, i_t, BT)
             # Late queries have decayed most; sums that begin with them round least.
             back = BT - 1 - rows
             live = t + back < end
