@@ -32,7 +32,7 @@ def fresh(x, step, walk):
     A compiler would compute masks and addresses once, before a loop, and run out of registers; it
     does not know that this adds zero in every step, because sizes are odd, see :func:`odd`.
     """
-    return x + step * ((walk.heads & 1) - 1)
+    return x + (step & ((walk.heads & 1) - 1))
 
 
 @triton.jit

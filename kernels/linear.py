@@ -131,6 +131,7 @@ def backward(
         linear_backward_qk_kernel,
         programs * key_slices,
         *(*call.inputs, _strided(do), row_scale[0], marks, ends),
+        call.new_states(walk.segments(q.shape[0])) if causal else None,
         QueryKeyGradients(_strided(dq), _strided(dk), None if dg is None else _strided(dg)),
         *(walk, marked, scale, by_keys.dims(call.dims), call.kind),
         config=by_keys,

@@ -48,6 +48,7 @@ from attnvariants.kernels._walk import (
     load_log_decay,
     load_row_scale,
     load_state,
+    locate_state,
 )
 
 
@@ -57,15 +58,6 @@ class QueryKeyGradients(NamedTuple):
     dq: Any  # Strided [B, T, H, K]
     dk: Any  # Strided [B, T, H, K]
     dg: Any  # Strided [B, T, H, K], or [slices of K * B, T, H] if per token; None
-
-
-@triton.jit
-def load_slices(states, walk, i_s, i_h, dims: tl.constexpr, i_k, NV: tl.constexpr):
-    """A state as a tuple of its slices ``[BV, BK]``."""
-    found = ()
-    for i in tl.static_range(NV):
-        found = found + (load_state(states, walk, i_s, i_h, 0, dims, i_k, i * dims.BV, True),)
-    return found
 
 
 @triton.jit
@@ -113,7 +105,7 @@ def pair_cotangents(a, b, walk, i_b, i_h, t, end, step, dims: tl.constexpr, like
     b_da = tl.zeros([BT, BT], tl.float32)
     i_b, i_h, t, rows = fresh_chunk(step, walk, i_b, i_h, t, BT)
     live = t + rows < end
-    for i_v in tl.range(0, dims.V, dims.BV, loop_unroll_factor=1):
+    for i_v in tl.range(0, fresh(dims.V, step, walk), dims.BV):
         b_a = load_slice(locate(a, i_b, i_h, t), a, rows, live, i_v, dims.V, dims.BV)
         b_b = load_slice(locate(b, i_b, i_h, t), b, rows, live, i_v, dims.V, dims.BV)
         b_da += product(b_a, tl.trans(b_b), like)
@@ -291,6 +283,7 @@ def linear_backward_qk_kernel(
     rstd,  # Strided [B, T, H]; None
     marks,  # [slots of marked, H, K, V], states that were kept; of sequences if not causal; None
     ends,  # [segments, H, K, V], cotangents of states; of sequences if not causal; None for zeros
+    running,  # [segments, H, K, V], where programs keep the cotangent of the state; not if not causal
     grads,  # QueryKeyGradients
     walk,  # Walk
     marked,  # Walk
@@ -302,7 +295,6 @@ def linear_backward_qk_kernel(
     BK: tl.constexpr = dims.BK
     BV: tl.constexpr = dims.BV
     NK: tl.constexpr = (dims.K + BK - 1) // BK
-    NV: tl.constexpr = (dims.V + BV - 1) // BV
     WITH_DG: tl.constexpr = grads.dg is not None
     dtype: tl.constexpr = q.ptr.dtype.element_ty
     DECAY: tl.constexpr = kind.DECAY
@@ -318,8 +310,12 @@ def linear_backward_qk_kernel(
     i_s = i_program // NK // heads
     i_n, i_batch, _, first, _, begin, end = find_segment(walk, i_s)
 
-    i_end = i_s if kind.CAUSAL else i_n
-    b_ds = load_slices(ends, walk, i_end, i_head, dims, i_k, NV)  # of [BV, BK]
+    if kind.CAUSAL:
+        for i_v in tl.range(0, fresh(dims.V, i_s, walk), BV):
+            b_ds = load_state(ends, walk, i_s, i_head, i_v, dims, i_k, i_v, True)
+            p_ds, mask = locate_state(running, walk, i_s, i_head, i_v, dims, i_k, i_v, True)
+            tl.store(p_ds, b_ds, mask=mask)
+        tl.debug_barrier()
     chunks = tl.cdiv(end - begin, BT)
     for n in tl.range(0, chunks):
         i_t = begin + (chunks - 1 - n) * BT
@@ -335,13 +331,13 @@ def linear_backward_qk_kernel(
         live = t + rows < end
         b_dq = tl.zeros([BT, BK], tl.float32)
         b_through = tl.zeros([BK], tl.float32)
-        for i in tl.static_range(NV):
-            b_s = find_state(
-                marks, k, v, g, walk, i_m, i_b, i_h, t, begin_m, i_k, i * BV, dims, kind
-            )
-            b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i * BV, dims.V, BV)
+        for i_v in tl.range(0, fresh(dims.V, i_s, walk), BV):
+            b_s = find_state(marks, k, v, g, walk, i_m, i_b, i_h, i_t, begin_m, i_k, i_v, dims, kind)
+            b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i_v, dims.V, BV)
             b_dq += product(b_do, b_s, q)
-            b_through += tl.sum(b_s * b_ds[i], 0)
+            if WITH_DG:
+                b_ds = load_state(running, walk, i_s, i_h, i_v, dims, i_k, i_v, True)
+                b_through += tl.sum(b_s * b_ds, 0)
         b_dg = b_dq
         if WITH_DG:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, BK, DECAY)
@@ -373,9 +369,32 @@ def linear_backward_qk_kernel(
         store_slice(locate(dq, i_b, i_h, t), dq, rows, live, b_dq, i_k, dims.K, BK)
 
         b_dk = tl.zeros([BT, BK], tl.float32)
-        for i in tl.static_range(NV):
-            b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i * BV, dims.V, BV)
-            b_dk += product(b_v, b_ds[i], q)
+        if kind.CAUSAL:
+            # Late queries have decayed most; sums that begin with them round least.
+            back = BT - 1 - rows
+            live_back = t + back < end
+            b_q = load_side(q, k, rstd, scale, i_b, i_h, t, back, live_back, i_k, dims, MAP, True)
+            if DECAY is not None:
+                b_g = load_log_decay(g, i_b, i_h, t, back, live_back, i_k, dims.K, BK, DECAY)
+                b_q = b_q * chunk_decay(b_g, rows, q, "from", DECAY)
+                b_total = chunk_total(b_g, DECAY, True)
+        for i_v in tl.range(0, fresh(dims.V, i_s, walk), BV):
+            b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i_v, dims.V, BV)
+            if kind.CAUSAL:
+                p_ds, mask = locate_state(running, walk, i_s, i_h, i_v, dims, i_k, i_v, True)
+                b_ds = tl.load(p_ds, mask=mask, other=0.0)
+                b_dk += product(b_v, b_ds, q)
+                b_do = load_slice(locate(do, i_b, i_h, t), do, back, live_back, i_v, dims.V, BV)
+                b_new = product(tl.trans(b_do), b_q, q)
+                if DECAY is not None:
+                    b_new = age(b_ds, b_new, b_total, dtype)
+                else:
+                    b_new += b_ds
+                tl.store(p_ds, b_new, mask=mask)
+            else:
+                b_ds = load_state(ends, walk, i_n, i_h, i_v, dims, i_k, i_v, True)
+                b_dk += product(b_v, b_ds, q)
+        tl.debug_barrier()
         b_dk, b_dg = complete_gradient(
             b_dk,
             b_dg,
@@ -406,24 +425,3 @@ def linear_backward_qk_kernel(
             else:  # the sum over channels; a batch entry of its own for every slice
                 p_dg = locate(dg, i_b * NK + i_slice, i_h, t) + rows * dg.time
                 tl.store(p_dg, tl.sum(b_dg, 1), mask=live)
-
-        if kind.CAUSAL:
-            i_b, i_h, t, rows = fresh_chunk(16 * i_t + 8, walk, i_batch, i_head, i_t, BT)
-            # Late queries have decayed most; sums that begin with them round least.
-            back = BT - 1 - rows
-            live = t + back < end
-            b_q = load_side(q, k, rstd, scale, i_b, i_h, t, back, live, i_k, dims, MAP, True)
-            if DECAY is not None:
-                b_g = load_log_decay(g, i_b, i_h, t, back, live, i_k, dims.K, BK, DECAY)
-                b_q = b_q * chunk_decay(b_g, rows, q, "from", DECAY)
-                b_total = chunk_total(b_g, DECAY, True)
-            found = ()
-            for i in tl.static_range(NV):
-                b_do = load_slice(locate(do, i_b, i_h, t), do, back, live, i * BV, dims.V, BV)
-                b_new = product(tl.trans(b_do), b_q, q)
-                if DECAY is not None:
-                    b_new = age(b_ds[i], b_new, b_total, dtype)
-                else:
-                    b_new += b_ds[i]
-                found = found + (b_new,)
-            b_ds = found
