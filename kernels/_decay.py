@@ -38,7 +38,8 @@ def fresh(x, step, walk):
 @triton.jit
 def fresh_rows(step, walk, BT: tl.constexpr):
     """``arange(0, BT)``, to be computed anew in every ``step``."""
-    return fresh(tl.arange(0, BT), step, walk)
+    eights = fresh(tl.arange(0, BT // 8) * 8, step, walk)
+    return tl.reshape(eights[:, None] + tl.arange(0, 8)[None, :], [BT])
 
 
 @triton.jit
