@@ -264,6 +264,8 @@ def complete_gradient(
         else:
             seen = rows[:, None] >= rows[None, :] if QUERIES else rows[:, None] <= rows[None, :]
             b_d += product(tl.where(seen, b_da, 0.0), b_other, q)
+    i_b, i_h, t, rows = fresh_chunk(step + 4, walk, i_b, i_h, t, BT)
+    live = t + rows < end
     if QUERIES:
         b_d = b_d * load_row_scale(rstd, scale, i_b, i_h, t, rows, live, rstd is not None)
     if MAP is not None:
