@@ -319,7 +319,7 @@ def linear_backward_qk_kernel(
             tl.store(p_ds, b_ds, mask=mask)
         tl.debug_barrier()
     chunks = tl.cdiv(end - begin, BT)
-    for n in tl.range(0, chunks):
+    for n in tl.range(0, chunks, disable_licm=True):
         i_t = begin + (chunks - 1 - n) * BT
         i_m = i_n
         begin_m = i_t
