@@ -140,6 +140,16 @@ def load_state(states, walk, i_s, i_h, step, dims: tl.constexpr, i_k, i_v, T: tl
 
 
 @triton.jit
+def store_state(states, b_s, walk, i_s, i_h, step, dims: tl.constexpr, i_k, i_v, T: tl.constexpr):
+    """Stores a tile of a state, ``[BK, BV]`` or its transpose."""
+    p_s, mask = locate_state(states, walk, i_s, i_h, step, dims, i_k, i_v, T)
+    if dims.K % dims.BK == 0 and dims.V % dims.BV == 0:
+        tl.store(p_s, b_s)
+    else:
+        tl.store(p_s, b_s, mask=mask)
+
+
+@triton.jit
 def load_log_decay(
     g, i_b, i_h, t, rows, live, i_k, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
 ):

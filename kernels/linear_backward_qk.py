@@ -48,7 +48,7 @@ from attnvariants.kernels._walk import (
     load_log_decay,
     load_row_scale,
     load_state,
-    locate_state,
+    store_state,
 )
 
 
@@ -315,8 +315,7 @@ def linear_backward_qk_kernel(
     if kind.CAUSAL:
         for i_v in tl.range(0, fresh(dims.V, i_s, walk), BV):
             b_ds = load_state(ends, walk, i_s, i_head, i_v, dims, i_k, i_v, True)
-            p_ds, mask = locate_state(running, walk, i_s, i_head, i_v, dims, i_k, i_v, True)
-            tl.store(p_ds, b_ds, mask=mask)
+            store_state(running, b_ds, walk, i_s, i_head, i_v, dims, i_k, i_v, True)
         tl.debug_barrier()
     chunks = tl.cdiv(end - begin, BT)
     for n in tl.range(0, chunks, disable_licm=True):
@@ -383,8 +382,7 @@ def linear_backward_qk_kernel(
         for i_v in tl.range(0, fresh(dims.V, i_s, walk), BV):
             b_v = load_slice(locate(v, i_b, i_h, t), v, rows, live, i_v, dims.V, BV)
             if kind.CAUSAL:
-                p_ds, mask = locate_state(running, walk, i_s, i_h, i_v, dims, i_k, i_v, True)
-                b_ds = tl.load(p_ds, mask=mask, other=0.0)
+                b_ds = load_state(running, walk, i_s, i_h, i_v, dims, i_k, i_v, True)
                 b_dk += product(b_v, b_ds, q)
                 b_do = load_slice(locate(do, i_b, i_h, t), do, back, live_back, i_v, dims.V, BV)
                 b_new = product(tl.trans(b_do), b_q, q)
@@ -392,7 +390,7 @@ def linear_backward_qk_kernel(
                     b_new = age(b_ds, b_new, b_total, dtype)
                 else:
                     b_new += b_ds
-                tl.store(p_ds, b_new, mask=mask)
+                store_state(running, b_new, walk, i_s, i_h, i_v, dims, i_k, i_v, True)
             else:
                 b_ds = load_state(ends, walk, i_n, i_h, i_v, dims, i_k, i_v, True)
                 b_dk += product(b_v, b_ds, q)
