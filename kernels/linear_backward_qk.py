@@ -34,6 +34,7 @@ from attnvariants.kernels._decay import (
     decay,
     fresh,
     fresh_chunk,
+    fresh_rows,
     level_decay,
     partners,
     sum_rows,
@@ -176,6 +177,7 @@ def add_decayed_gradient(
         b_d += b_part
         if WITH_DG:
             # A query's flow crosses the rows of its half up to itself, a key's those behind it.
+            rows = fresh_rows(level + 1, walk, BT)
             half = (rows >> level) << level
             if QUERIES:
                 last = half + (1 << level) - 1
