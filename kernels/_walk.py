@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from attnvariants.kernels._decay import NOTHING, fresh_rows
+from attnvariants.kernels._decay import NOTHING, chunk_decay, decay, fresh_rows
 from attnvariants.kernels._feature_map import apply_map
 from attnvariants.kernels._tiles import load_slice, locate, odd
 from torch import Tensor
@@ -165,6 +165,37 @@ def load_log_decay(
         p_tile = p_g + rows[:, None] * g.time + tl.zeros([1, 16], tl.int32)
         b_g = tl.load(p_tile, mask=live[:, None], other=0.0)
     return tl.maximum(b_g.to(tl.float32), NOTHING)
+
+
+@triton.jit
+def running_decay(
+    b_g,
+    g,
+    i_b,
+    i_h,
+    t,
+    rows,
+    end,
+    i_k,
+    like,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    PART: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """As :func:`chunk_decay`, for tiles that hold many channels, by a scan over their rows.
+
+    On Ampere every warp would hold all of a tile that a product takes on its right.
+    """
+    BT: tl.constexpr = rows.shape[0]
+    if KIND == "token":
+        b_e = chunk_decay(b_g, rows, like, PART, KIND)
+    else:
+        if PART == "behind":  # the rows that follow, from each on
+            follows = (rows < BT - 1) & (t + 1 + rows < end)
+            b_g = load_log_decay(g, i_b, i_h, t + 1, rows, follows, i_k, K, BK, KIND)
+        b_e = decay(tl.cumsum(b_g, 0, reverse=PART != "up to"), like.ptr.dtype.element_ty)
+    return b_e
 
 
 @triton.jit

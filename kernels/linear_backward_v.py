@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from attnvariants.kernels._decay import age, chunk_decay, chunk_total, fresh_rows
+from attnvariants.kernels._decay import age, chunk_total, fresh_rows
 from attnvariants.kernels._tiles import load_slice, locate, product, store_slice
 from attnvariants.kernels._walk import (
     find_segment,
@@ -13,6 +13,7 @@ from attnvariants.kernels._walk import (
     load_row_scale,
     load_state,
     locate_state,
+    running_decay,
 )
 from attnvariants.kernels.linear_forward import chunk_scores
 
@@ -59,7 +60,9 @@ def linear_backward_v_kernel(
         b_k = load_features(k, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, MAP)
         if DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, DECAY)
-            b_k = b_k * chunk_decay(b_g, rows, q, "behind", DECAY)
+            b_k = b_k * running_decay(
+                b_g, g, i_b, i_h, t, rows, end, 0, q, dims.K, dims.BK, "behind", DECAY
+            )
         b_dv = product(b_k, b_ds, q)  # [BT, BV]
         if kind.CAUSAL:
             b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i_v, dims.V, dims.BV)
@@ -72,7 +75,9 @@ def linear_backward_v_kernel(
             b_q = b_q * load_row_scale(rstd, scale, i_b, i_h, t, back, live, NORMED)
             if DECAY is not None:
                 b_g = load_log_decay(g, i_b, i_h, t, back, live, 0, dims.K, dims.BK, DECAY)
-                b_q = b_q * chunk_decay(b_g, rows, q, "from", DECAY)
+                b_q = b_q * running_decay(
+                    b_g, g, i_b, i_h, t, rows, end, 0, q, dims.K, dims.BK, "from", DECAY
+                )
                 b_total = chunk_total(b_g, DECAY, False)
                 b_ds = age(b_ds, product(tl.trans(b_q), b_do, q), b_total, dtype)
             else:

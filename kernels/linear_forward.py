@@ -17,7 +17,6 @@ import triton.language as tl
 from attnvariants.kernels._decay import (
     add_channel_scores,
     age,
-    chunk_decay,
     chunk_total,
     fresh_rows,
     token_decay,
@@ -30,6 +29,7 @@ from attnvariants.kernels._walk import (
     load_row_scale,
     load_state,
     locate_state,
+    running_decay,
 )
 from attnvariants.kernels.linear_epilogue import weigh_and_gate
 
@@ -138,8 +138,12 @@ def linear_forward_kernel(
                 b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, DECAY)
             b_o = product(b_a, b_v, q)  # [BT, BV]
             if DECAY is not None:
-                b_q = b_q * chunk_decay(b_g, rows, q, "up to", DECAY)
-                b_k = b_k * chunk_decay(b_g, rows, q, "behind", DECAY)
+                b_q = b_q * running_decay(
+                    b_g, g, i_b, i_h, t, rows, end, 0, q, dims.K, dims.BK, "up to", DECAY
+                )
+                b_k = b_k * running_decay(
+                    b_g, g, i_b, i_h, t, rows, end, 0, q, dims.K, dims.BK, "behind", DECAY
+                )
             b_o += product(b_q, b_s, q)
             b_write = product(tl.trans(b_k), b_v, q)
             if DECAY is not None:

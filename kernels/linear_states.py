@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from attnvariants.kernels._decay import age, chunk_decay, chunk_total, fresh_rows
+from attnvariants.kernels._decay import age, chunk_total, fresh_rows
 from attnvariants.kernels._tiles import load_slice, locate, product
 from attnvariants.kernels._walk import (
     find_segment,
@@ -19,6 +19,7 @@ from attnvariants.kernels._walk import (
     load_row_scale,
     load_state,
     locate_state,
+    running_decay,
 )
 
 
@@ -89,9 +90,13 @@ def linear_states_kernel(
         if DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, DECAY)
             if BACKWARD:
-                b_k = b_k * chunk_decay(b_g, places, k, "from", DECAY)
+                b_k = b_k * running_decay(
+                    b_g, g, i_b, i_h, t, places, end, i_k, k, dims.K, dims.BK, "from", DECAY
+                )
             else:
-                b_k = b_k * chunk_decay(b_g, places, k, "behind", DECAY)
+                b_k = b_k * running_decay(
+                    b_g, g, i_b, i_h, t, places, end, i_k, k, dims.K, dims.BK, "behind", DECAY
+                )
             b_total = chunk_total(b_g, DECAY, False)
             b_s = age(b_s, product(tl.trans(b_k), b_v, k), b_total, dtype)
             b_sum += b_total
