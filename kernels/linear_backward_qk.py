@@ -335,7 +335,9 @@ def linear_backward_qk_kernel(
         b_dq = tl.zeros([BT, BK], tl.float32)
         b_through = tl.zeros([BK], tl.float32)
         for i_v in tl.range(0, fresh(dims.V, i_s, walk), BV):
-            b_s = find_state(marks, k, v, g, walk, i_m, i_b, i_h, i_t, begin_m, i_k, i_v, dims, kind)
+            b_s = find_state(
+                marks, k, v, g, walk, i_m, i_b, i_h, i_t, begin_m, i_k, i_v, dims, kind
+            )
             b_do = load_slice(locate(do, i_b, i_h, t), do, rows, live, i_v, dims.V, BV)
             b_dq += product(b_do, b_s, q)
             if WITH_DG:
