@@ -310,7 +310,7 @@ _LINEAR_FEATURES: dict[str, dict[str, Any]] = {
 
 
 def linear(case: Case, tensors: dict[str, Tensor]) -> Calls:
-    """Forward and backward behind ``gated_linear_attention``, with a feature map if there is one."""
+    """Forward and backward behind both linear attentions."""
     kernels: Any = importlib.import_module("attnvariants.kernels.linear")
     names = ("q", "k", "v", "g", "initial_state", "cu_seqlens", "norm_weight", "gate")
     inputs = tuple(tensors.get(name) for name in names)

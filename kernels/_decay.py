@@ -37,7 +37,10 @@ def fresh(x, step, walk):
 
 @triton.jit
 def fresh_rows(step, walk, BT: tl.constexpr):
-    """``arange(0, BT)``, to be computed anew in every ``step``."""
+    """``arange(0, BT)``, to be computed anew in every ``step``.
+
+    In two parts: numbers that a thread had to start from would otherwise stay in its registers.
+    """
     eights = fresh(tl.arange(0, BT // 8) * 8, step, walk)
     return tl.reshape(eights[:, None] + tl.arange(0, 8)[None, :], [BT])
 

@@ -1,4 +1,4 @@
-"""The walk back through a sequence that finds dv, see :mod:`attnvariants.kernels.linear_backward_qk`."""
+"""The walk back through a sequence that finds dv, see ``linear_backward_qk.py``."""
 
 from __future__ import annotations
 
