@@ -57,7 +57,7 @@ def tiles(kernel: str, dtype: torch.dtype, key_dim: int, value_dim: int) -> Tile
 
 def _kind(arch: int) -> str:
     """The part of a table: by tensor cores and registers."""
-    return {80: "ampere", 90: "hopper", 100: "blackwell"}.get(arch, "consumer")
+    return {90: "hopper", 100: "blackwell"}.get(arch, "ampere")
 
 
 _BY_K = {  # tiles of those that hold all of K
@@ -79,15 +79,14 @@ _BY_K = {  # tiles of those that hold all of K
 }
 # Of data-center Blackwell as well: its own matrix instruction takes tiles of 64 rows, and Triton
 # 3.7 does not compile these kernels for it; smaller ones use the older instruction.
-_OVER_K = {**_BY_K, "blackwell": _BY_K["ampere"], "consumer": _BY_K["ampere"]}
+_OVER_K = {**_BY_K, "blackwell": _BY_K["ampere"]}
 _TO_KEYS = {
     "hopper": {256: Tiles(64, 32, 32, 4, 1)},
     "blackwell": {256: Tiles(64, 16, 32, 4, 1)},
-    "consumer": {256: Tiles(32, 16, 32, 4, 1)},
-    "ampere": {256: Tiles(64, 16, 32, 4, 1)},
+    "ampere": {256: Tiles(32, 16, 32, 4, 1)},
     "float32": {256: Tiles(32, 16, 32, 8, 1)},
 }
-_ANY = ("hopper", "blackwell", "consumer", "ampere", "float32")
+_ANY = ("hopper", "blackwell", "ampere", "float32")
 _TABLES: dict[str, dict[str, dict[int, Tiles]]] = {
     "linear_forward": _OVER_K,
     "linear_backward_v": _OVER_K,
