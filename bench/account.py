@@ -184,19 +184,30 @@ def _backward_qk(name: str, programs: int, given: dict[str, Any], like: torch.Te
     s = _Sizes(given, like)
     stride = min(given["marked"].span >> 1, given["walk"].length >> 1)
     again = max(0.0, (stride / s.dims.BT - 1) / 2)  # chunks replayed for each chunk
-    states = s.states(given["ends"]) + s.states(given["marks"])
+    with_dg = given["grads"].dg is not None
+    kept, running = s.states(given["marks"]), s.states(given["running"])
     inputs = 2 * s.keys + s.decay
-    requested = inputs + s.key_slices * 2 * s.values
-    requested += again * (s.keys + s.decay + s.key_slices * s.values) + states
+    # For every chunk, states in float32: the kept one, and the running cotangent, which is read for
+    # dg and for dk and written.
+    state = 4.0 * s.rows / s.dims.BT * s.dims.K * s.dims.V
+    requested = inputs + s.key_slices * 2 * s.values + s.states(given["ends"])
+    requested += again * (s.keys + s.decay + s.key_slices * s.values)
+    requested += state * (3 if with_dg else 2) + (state if kept else 0.0)
     pairs = s.product(s.dims.BT, s.dims.K)
     flops = (3 + again) * s.product(s.dims.K, s.dims.V)
     flops += s.key_slices * 2 * s.product(s.dims.BT, s.dims.V)
     # Per level and for queries and keys each: two parts of the sums, the product, two parts of dg.
-    flops += 2 * 5 * s.levels * pairs + 4 * pairs if s.channel else 4 * pairs
-    written = 2 * s.keys + (s.decay if given["grads"].dg is not None else 0)
-    exponentials = (2 * s.levels + 2 + again) * s.rows * s.dims.K if s.channel else 0.0
+    # Two parts also of the sums for each of three factors and of the replayed keys', and of dg.
+    flops += (10 * s.levels + 10 + 2 * again) * pairs if s.channel else 4 * pairs
+    exponentials = (2 * s.levels + 3 + again) * s.rows * s.dims.K if s.channel else 0.0
     return Entry(
-        name, programs, inputs + 2 * s.values + states, written, requested, flops, exponentials
+        name,
+        programs,
+        inputs + 2 * s.values + s.states(given["ends"]) + kept + running,
+        2 * s.keys + (s.decay if with_dg else 0) + running,
+        requested,
+        flops,
+        exponentials,
     )
 
 

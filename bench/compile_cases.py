@@ -87,17 +87,7 @@ _SOFTMAX_SPILLS = tuple(
         "softmax_backward_dkdv_kernel",
     )
 )
-_LINEAR_SPILLS = (
-    AcceptedSpill(
-        "linear_backward_qk_kernel",
-        (80, 86, 89, 90, 100, 120),
-        2200,
-        "holds the state, its cotangent and all gradients of a chunk; addresses and operands of "
-        "its inner loops that find no room stay in the L1 cache. Smaller tiles would keep more "
-        "states in memory or replay more chunks for each",
-    ),
-)
-ACCEPTED = (*_SOFTMAX_SPILLS, *_LINEAR_SPILLS)
+ACCEPTED = _SOFTMAX_SPILLS
 
 
 # --- softmax attention ---------------------------------------------------------------------------
@@ -309,6 +299,13 @@ _LINEAR_HEAVY: dict[str, Any] = {
     "sequences": (1000, 0, 1048),
     "options": {"norm": "model"},
 }
+# Short enough to stay whole, without what comes before and behind the recurrence.
+_LINEAR_BARE: dict[str, Any] = {"length": 512, "g": "channel"}
+_LINEAR_BARE_KERNELS = {
+    name: call
+    for name, call in _LINEAR_KERNELS.items()
+    if name not in ("linear_scan", "linear_norm", "linear_cotangent")
+}
 _LINEAR_FEATURES: dict[str, dict[str, Any]] = {
     "per token": {"length": 2048, "g": "token", "gate": "headwise", "options": {"norm": "model"}},
     "no decay": {"length": 2048, "g": None, "gate": "headwise", "options": {"norm": "model"}},
@@ -316,20 +313,22 @@ _LINEAR_FEATURES: dict[str, dict[str, Any]] = {
 
 
 def linear(case: Case, tensors: dict[str, Tensor]) -> Calls:
-    """Forward and backward behind ``gated_linear_attention``."""
+    """Forward and backward behind both linear attentions."""
     kernels: Any = importlib.import_module("attnvariants.kernels.linear")
     names = ("q", "k", "v", "g", "initial_state", "cu_seqlens", "norm_weight", "gate")
     inputs = tuple(tensors.get(name) for name in names)
     activation = "silu" if case.gate else None
-    options = (None, True, case.key_dim**-0.5, case.options.get("norm"), 1e-6, activation)
+    norm, feature_map = case.options.get("norm"), case.options.get("feature_map")
+    options = (feature_map, True, case.key_dim**-0.5, norm, 1e-6, activation)
 
     def forward() -> tuple[Tensor, ...]:
         return kernels.forward(*inputs, *options)
 
     def backward() -> tuple[Tensor, ...]:
         out, y, rstd, state = given()
+        saved = None if norm is None and activation is None else y if y.numel() else out
         dout = torch.ones_like(out)
-        return kernels.backward(*inputs, y if y.numel() else out, rstd, dout, state, *options, True)
+        return kernels.backward(*inputs, saved, rstd, dout, state, *options, True)
 
     given = functools.cache(forward)
     return {"forward": forward, "backward": backward}
@@ -344,17 +343,26 @@ def _linear_cases() -> list[CompileCase]:
         case = Case(
             "gated_linear_attention", label, key_dim=key_dim, value_dim=value_dim, **features
         )
-        kernels, without_dots = _LINEAR_KERNELS, _LINEAR_WITHOUT_DOTS
-        return CompileCase(case, dtype, linear, kernels, without_dots, quick)
+        kernels = _LINEAR_KERNELS if features.get("options") else _LINEAR_BARE_KERNELS
+        return CompileCase(case, dtype, linear, kernels, _LINEAR_WITHOUT_DOTS, quick)
 
+    per_token = {**_LINEAR_BARE, "g": "token"}
     found = []
     for dims in ((64, 64), (128, 128), (128, 256), (256, 256)):
         found.append(make(dims, "bfloat16", "all features", _LINEAR_HEAVY, dims == (64, 64)))
+        found.append(make(dims, "bfloat16", "bare", _LINEAR_BARE, dims in _BUCKETS[1:]))
+    found.append(make((128, 256), "bfloat16", "bare, per token", per_token, quick=True))
     for name, features in _LINEAR_FEATURES.items():
         found.append(make((128, 256), "bfloat16", name, features))
+    for feature_map in ("elu+1", "silu"):
+        for features in (_LINEAR_HEAVY, _LINEAR_FEATURES["per token"]):
+            options = {**features["options"], "feature_map": feature_map}
+            name = f"{feature_map}, per {features['g']}"
+            found.append(make((128, 128), "bfloat16", name, {**features, "options": options}))
     for dtype in ("float16", "float32"):
-        found.append(make((64, 64), dtype, "all features", _LINEAR_HEAVY))
-        found.append(make((128, 128), dtype, "all features", _LINEAR_HEAVY))
+        for dims in ((64, 64), (128, 128), (128, 256), (256, 256)):
+            found.append(make(dims, dtype, "all features", _LINEAR_HEAVY))
+        found.append(make((128, 128), dtype, "bare, per token", per_token))
     return found
 
 

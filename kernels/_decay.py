@@ -26,13 +26,32 @@ LN_2_REST = tl.constexpr(-2.12194440e-4)
 
 
 @triton.jit
-def fresh_rows(step, walk, BT: tl.constexpr):
-    """``arange(0, BT)``, for masks inside a loop over ``step``.
+def fresh(x, step, walk):
+    """``x``, to be computed anew in every ``step``.
 
-    A compiler would compute masks of ``[BT, BT]`` once before the loop and run out of registers; it
+    A compiler would compute masks and addresses once, before a loop, and run out of registers; it
     does not know that this adds zero in every step, because sizes are odd, see :func:`odd`.
     """
-    return tl.arange(0, BT) + step * ((walk.heads & 1) - 1)
+    return x + (step & ((walk.heads & 1) - 1))
+
+
+@triton.jit
+def fresh_rows(step, walk, BT: tl.constexpr):
+    """``arange(0, BT)``, to be computed anew in every ``step``.
+
+    In two parts: numbers that a thread had to start from would otherwise stay in its registers.
+    """
+    eights = fresh(tl.arange(0, BT // 8) * 8, step, walk)
+    return tl.reshape(eights[:, None] + tl.arange(0, 8)[None, :], [BT])
+
+
+@triton.jit
+def fresh_chunk(step, walk, i_b, i_h, t, BT: tl.constexpr):
+    """Batch entry, head and first token of a chunk, and its rows; everything as :func:`fresh`."""
+    i_b = fresh(i_b, step, walk)
+    i_h = fresh(i_h, step, walk)
+    t = fresh(t, step, walk)
+    return i_b, i_h, t, fresh_rows(step, walk, BT)
 
 
 @triton.jit
@@ -62,13 +81,14 @@ def split(b_x):
 
 
 @triton.jit
-def sum_rows(picks, b_x, like):
+def sum_rows(picks, b_x, like, b_zero=0.0):
     """``picks @ x``: sums of the rows of ``x [BT, BD]`` that a mask ``[BT, BT]`` picks.
 
-    Of every term, the first 16 bits for 16-bit inputs ``like``, and all 24 for float32.
+    Of every term, the first 16 bits for 16-bit inputs ``like``, and all 24 for float32. ``b_zero``:
+    zeros ``[BT, BT]`` in the layout of a product, where the mask becomes an operand right away.
     """
     b_part, b_rest = split(b_x)
-    b_m = tl.where(picks, 1.0, 0.0).to(b_part.dtype)
+    b_m = tl.where(picks, 1.0, b_zero).to(b_part.dtype)
     b_sum = tl.dot(b_m, b_part, input_precision="ieee")
     b_part, b_rest = split(b_rest)
     b_sum += tl.dot(b_m, b_part, input_precision="ieee")
@@ -79,40 +99,84 @@ def sum_rows(picks, b_x, like):
 
 
 @triton.jit
-def running_sum(b_g, REVERSE: tl.constexpr):
-    """Sums of the rows of ``g [BT, BD]`` up to each, itself included; ``REVERSE``: from each on.
-
-    Triton 3.6 does not scan a single column.
-    """
-    if b_g.shape[1] == 1:
-        rows = tl.arange(0, b_g.shape[0])
-        if REVERSE:
-            picks = rows[None, :] >= rows[:, None]
-        else:
-            picks = rows[None, :] <= rows[:, None]
-        b_sum = tl.sum(tl.where(picks, tl.trans(b_g), 0.0), 1)[:, None]
-    else:
-        b_sum = tl.cumsum(b_g, 0, reverse=REVERSE)
+def sum_columns(b_x, picks, like):
+    """``x @ picks``, as :func:`sum_rows`."""
+    b_part, b_rest = split(b_x)
+    b_m = tl.where(picks, 1.0, 0.0).to(b_part.dtype)
+    b_sum = tl.dot(b_part, b_m, input_precision="ieee")
+    b_part, b_rest = split(b_rest)
+    b_sum += tl.dot(b_part, b_m, input_precision="ieee")
+    if like.ptr.dtype.element_ty == tl.float32:
+        b_part, b_rest = split(b_rest)
+        b_sum += tl.dot(b_part, b_m, input_precision="ieee")
     return b_sum
 
 
 @triton.jit
-def level_decay(b_g, rows, level, like):
-    """The factors ``[BT, BK]`` of every row at a level, and whether a row is a query there."""
-    half = rows >> level
-    is_query = (half & 1) == 1
-    # Of its half a query takes the rows up to itself, a key those behind it.
-    near = (rows[None, :] <= rows[:, None]) == is_query[:, None]
-    picks = (half[:, None] == half[None, :]) & near
-    b_e = decay(sum_rows(picks, b_g, like), like.ptr.dtype.element_ty)
-    return b_e, is_query[:, None]
+def chunk_decay(b_g, rows, like, PART: tl.constexpr, KIND: tl.constexpr):
+    """``exp`` of sums of log-decays, for every row: those "up to" it, "from" it on or "behind" it.
+
+    ``[BT, BK]``, or ``[BT, 1]`` per "token".
+    """
+    if PART == "up to":
+        picks = rows[None, :] <= rows[:, None]
+    elif PART == "from":
+        picks = rows[None, :] >= rows[:, None]
+    else:
+        picks = rows[None, :] > rows[:, None]
+    b_sum = sum_rows(picks, b_g, like)
+    if KIND == "token":
+        b_sum = tl.max(b_sum, 1)[:, None]  # of equal columns
+    return decay(b_sum, like.ptr.dtype.element_ty)
 
 
 @triton.jit
-def same_block(rows, level):
-    """Which pairs ``[BT, BT]`` lie in the same block of a level."""
-    block = rows >> (level + 1)
-    return block[:, None] == block[None, :]
+def chunk_total(b_g, KIND: tl.constexpr, T: tl.constexpr):
+    """The log-decay of a chunk for a state: ``[BK, 1]`` (``[1, BK]`` if ``T``), or a number."""
+    b_sum = tl.sum(b_g, 0)
+    if KIND == "token":
+        b_sum = tl.max(b_sum, 0)
+    elif T:
+        b_sum = b_sum[None, :]
+    else:
+        b_sum = b_sum[:, None]
+    return b_sum
+
+
+@triton.jit
+def within(rows, first, count):
+    """A mask ``[BT, BT]``: along the columns, of each row the ``count`` rows from ``first`` on.
+
+    Differences below 0 are large without a sign, so that one comparison finds both ends.
+    """
+    place = (rows[None, :] - first[:, None]).to(tl.uint32, bitcast=True)
+    return place < count.to(tl.uint32, bitcast=True)[:, None]
+
+
+@triton.jit
+def level_decay(b_g, rows, level, like, b_zero, KIND: tl.constexpr):
+    """The factors ``[BT, BK]`` of every row at a level, or ``[BT, 1]`` per "token"."""
+    # Of its half a query takes the rows up to itself, a key those behind it.
+    half = (rows >> level) << level
+    is_query = ((rows >> level) & 1) == 1
+    first = tl.where(is_query, half, rows + 1)
+    count = tl.where(is_query, rows + 1, half + (1 << level)) - first
+    b_sum = sum_rows(within(rows, first, count), b_g, like, b_zero)
+    if KIND == "token":
+        b_sum = tl.max(b_sum, 1)[:, None]  # of equal columns
+    return decay(b_sum, like.ptr.dtype.element_ty)
+
+
+@triton.jit
+def partners(rows, level, QUERIES: tl.constexpr):
+    """Which keys each query of a level meets (or queries each key), ``[BT, BT]``."""
+    size = 1 << level
+    half = (rows >> level) << level
+    if QUERIES:
+        mask = within(rows, half - size, half & size)
+    else:
+        mask = within(rows, half + size, size - (half & size))
+    return mask
 
 
 @triton.jit
@@ -135,14 +199,12 @@ def add_channel_scores(b_a, b_q, b_k, b_g, walk, like, TRANSPOSED: tl.constexpr)
     b_own = tl.sum(b_q * b_k, 1)[:, None]
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
         rows = fresh_rows(level, walk, BT)
-        b_e, is_query = level_decay(b_g, rows, level, like)
-        b_qs = tl.where(is_query, b_q * b_e, 0.0)
-        b_ks = tl.where(is_query, 0.0, b_k * b_e)
+        b_e = level_decay(b_g, rows, level, like, tl.where(level < 0, b_a, 0.0), "channel")
         if TRANSPOSED:
-            b_pairs = product(b_ks, tl.trans(b_qs), like)
+            b_pairs = product(b_k * b_e, tl.trans(b_q * b_e), like)
         else:
-            b_pairs = product(b_qs, tl.trans(b_ks), like)
-        b_a += tl.where(same_block(rows, level), b_pairs, 0.0)
+            b_pairs = product(b_q * b_e, tl.trans(b_k * b_e), like)
+        b_a += tl.where(partners(rows, level, not TRANSPOSED), b_pairs, 0.0)
         if level == 0:
             b_a += tl.where(rows[:, None] == rows[None, :], b_own, 0.0)
     return b_a
@@ -150,21 +212,21 @@ def add_channel_scores(b_a, b_q, b_k, b_g, walk, like, TRANSPOSED: tl.constexpr)
 
 @triton.jit
 def token_decay(b_g, rows, like, TRANSPOSED: tl.constexpr):
-    """``exp(G_i - G_j)`` for i >= j, else 0, as ``[BT, BT]``, from ``g [BT, 1]``.
+    """``exp(G_i - G_j)`` for i >= j, else 0, as ``[BT, BT]``, from the ``g`` of a token.
 
     Every exponent is a sum of its own rows, as in :func:`sum_rows`: one after the other, additions
     of a constant decay would all be rounded the same way.
     """
-    dtype: tl.constexpr = like.ptr.dtype.element_ty
-    up_to = rows[:, None] <= rows[None, :]
-    before = rows[:, None] < rows[None, :]
+    b_row = tl.max(b_g, 1)[None, :]  # of equal columns
+    up_to = rows[None, :] <= rows[:, None]
+    b_g = tl.where(up_to != TRANSPOSED, b_row, 0.0)
     if TRANSPOSED:  # [j, t] times [t, i], for j < t <= i
-        b_sum = sum_rows(before, tl.where(up_to, b_g, 0.0), like)
-        b_d = tl.where(up_to, decay(b_sum, dtype), 0.0)
+        b_sum = sum_columns(b_g, rows[:, None] <= rows[None, :], like)
+        seen = rows[:, None] <= rows[None, :]
     else:  # [i, t] times [t, j]
-        b_sum = sum_rows(rows[:, None] >= rows[None, :], tl.where(up_to, 0.0, b_g), like)
-        b_d = tl.where(before, 0.0, decay(b_sum, dtype))
-    return b_d
+        b_sum = sum_columns(b_g, rows[:, None] > rows[None, :], like)
+        seen = rows[:, None] >= rows[None, :]
+    return tl.where(seen, decay(b_sum, like.ptr.dtype.element_ty), 0.0)
 
 
 @triton.jit

@@ -57,12 +57,10 @@ def tiles(kernel: str, dtype: torch.dtype, key_dim: int, value_dim: int) -> Tile
 
 def _kind(arch: int) -> str:
     """The part of a table: by tensor cores and registers."""
-    # Blackwell of the data center as well: Triton 3.7 does not compile the walk back for its own
-    # matrix instruction, which takes tiles of 64 rows; smaller ones use the older instruction.
-    return "hopper" if arch == 90 else "ampere"
+    return {90: "hopper", 100: "blackwell"}.get(arch, "ampere")
 
 
-_OVER_K = {  # by K
+_BY_K = {  # tiles of those that hold all of K
     "hopper": {
         64: Tiles(32, 0, 64, 4, 1),
         128: Tiles(32, 0, 64, 8, 1),
@@ -79,20 +77,23 @@ _OVER_K = {  # by K
         256: Tiles(16, 0, 16, 8, 1),
     },
 }
-_TO_KEYS = {  # the tile of V is a part of the state that a program holds
-    "hopper": {256: Tiles(64, 16, 64, 4, 1)},
-    "ampere": {256: Tiles(32, 16, 64, 4, 1)},
-    "float32": {256: Tiles(32, 16, 32, 4, 1)},
+# Of data-center Blackwell as well: its own matrix instruction takes tiles of 64 rows, and Triton
+# 3.7 does not compile these kernels for it; smaller ones use the older instruction.
+_OVER_K = {**_BY_K, "blackwell": _BY_K["ampere"]}
+_TO_KEYS = {
+    "hopper": {256: Tiles(64, 32, 32, 4, 1)},
+    "blackwell": {256: Tiles(64, 16, 32, 4, 1)},
+    "ampere": {256: Tiles(32, 16, 32, 4, 1)},
+    "float32": {256: Tiles(32, 16, 32, 8, 1)},
 }
-_ANY = ("hopper", "ampere", "float32")
+_ANY = ("hopper", "blackwell", "ampere", "float32")
 _TABLES: dict[str, dict[str, dict[int, Tiles]]] = {
     "linear_forward": _OVER_K,
     "linear_backward_v": _OVER_K,
     "linear_backward_qk": _TO_KEYS,
     "linear_states": {
-        "hopper": {256: Tiles(64, 64, 64, 4, 1)},
-        "ampere": {256: Tiles(64, 64, 64, 4, 1)},
-        "float32": {256: Tiles(32, 32, 32, 4, 1)},
+        kind: {256: Tiles(32, 32, 32, 4, 1) if kind == "float32" else Tiles(64, 64, 64, 4, 1)}
+        for kind in _ANY
     },
     "linear_norm": {kind: {256: Tiles(32, 1, 0, 4, 1)} for kind in _ANY},
     "linear_cotangent": {

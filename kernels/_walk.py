@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from attnvariants.kernels._decay import NOTHING, fresh_rows, running_sum
+from attnvariants.kernels._decay import NOTHING, chunk_decay, decay, fresh_rows
 from attnvariants.kernels._feature_map import apply_map
 from attnvariants.kernels._tiles import load_slice, locate, odd
 from torch import Tensor
@@ -140,16 +140,62 @@ def load_state(states, walk, i_s, i_h, step, dims: tl.constexpr, i_k, i_v, T: tl
 
 
 @triton.jit
+def store_state(states, b_s, walk, i_s, i_h, step, dims: tl.constexpr, i_k, i_v, T: tl.constexpr):
+    """Stores a tile of a state, ``[BK, BV]`` or its transpose."""
+    p_s, mask = locate_state(states, walk, i_s, i_h, step, dims, i_k, i_v, T)
+    if dims.K % dims.BK == 0 and dims.V % dims.BV == 0:
+        tl.store(p_s, b_s)
+    else:
+        tl.store(p_s, b_s, mask=mask)
+
+
+@triton.jit
 def load_log_decay(
     g, i_b, i_h, t, rows, live, i_k, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
 ):
-    """The log-decays of a chunk in float32: ``[BT, BK]`` per "channel", ``[BT, 1]`` per "token"."""
+    """The log-decays of a chunk in float32: ``[BT, BK]``; 16 equal columns per "token".
+
+    A compiler would load a vector again for every layout in which it is used, with an address for
+    each row. A tile is loaded once, and is what a product takes.
+    """
     p_g = locate(g, i_b, i_h, t)
     if KIND == "channel":
         b_g = load_slice(p_g, g, rows, live, i_k, K, BK)
     else:
-        b_g = tl.load(p_g + rows * g.time, mask=live, other=0.0)[:, None]
+        p_tile = p_g + rows[:, None] * g.time + tl.zeros([1, 16], tl.int32)
+        b_g = tl.load(p_tile, mask=live[:, None], other=0.0)
     return tl.maximum(b_g.to(tl.float32), NOTHING)
+
+
+@triton.jit
+def running_decay(
+    b_g,
+    g,
+    i_b,
+    i_h,
+    t,
+    rows,
+    end,
+    i_k,
+    like,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    PART: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """As :func:`chunk_decay`, for tiles that hold many channels, by a scan over their rows.
+
+    On Ampere every warp would hold all of a tile that a product takes on its right.
+    """
+    BT: tl.constexpr = rows.shape[0]
+    if KIND == "token":
+        b_e = chunk_decay(b_g, rows, like, PART, KIND)
+    else:
+        if PART == "behind":  # the rows that follow, from each on
+            follows = (rows < BT - 1) & (t + 1 + rows < end)
+            b_g = load_log_decay(g, i_b, i_h, t + 1, rows, follows, i_k, K, BK, KIND)
+        b_e = decay(tl.cumsum(b_g, 0, reverse=PART != "up to"), like.ptr.dtype.element_ty)
+    return b_e
 
 
 @triton.jit
@@ -175,14 +221,3 @@ def load_row_scale(rstd, scale, i_b, i_h, t, rows, live, NORMED: tl.constexpr):
         p_r = locate(rstd, i_b, i_h, t) + rows * rstd.time
         b_r = tl.load(p_r, mask=live, other=0.0)[:, None] * scale
     return b_r
-
-
-@triton.jit
-def load_sum_until_end(
-    g, i_b, i_h, t, rows, end, i_k, K: tl.constexpr, BK: tl.constexpr, KIND: tl.constexpr
-):
-    """``G_C - G_j``, the log-decay behind a row, as a sum of the rows that follow."""
-    BT: tl.constexpr = rows.shape[0]
-    follows = (rows < BT - 1) & (t + 1 + rows < end)
-    b_g = load_log_decay(g, i_b, i_h, t + 1, rows, follows, i_k, K, BK, KIND)
-    return running_sum(b_g, True)

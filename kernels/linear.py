@@ -8,11 +8,11 @@ from attnvariants.kernels._launch import launch
 from attnvariants.kernels._linear_configs import STRIDE, Tiles, segment_length, tiles
 from attnvariants.kernels._tiles import Strided, odd, strided
 from attnvariants.kernels._walk import Dims, Walk
-from attnvariants.kernels.linear_backward import (
+from attnvariants.kernels.linear_backward_qk import (
     QueryKeyGradients,
     linear_backward_qk_kernel,
-    linear_backward_v_kernel,
 )
+from attnvariants.kernels.linear_backward_v import linear_backward_v_kernel
 from attnvariants.kernels.linear_epilogue import (
     Norm,
     Outputs,
@@ -131,6 +131,7 @@ def backward(
         linear_backward_qk_kernel,
         programs * key_slices,
         *(*call.inputs, _strided(do), row_scale[0], marks, ends),
+        call.new_states(walk.segments(q.shape[0])) if causal else None,
         QueryKeyGradients(_strided(dq), _strided(dk), None if dg is None else _strided(dg)),
         *(walk, marked, scale, by_keys.dims(call.dims), call.kind),
         config=by_keys,

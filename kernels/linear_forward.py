@@ -17,9 +17,8 @@ import triton.language as tl
 from attnvariants.kernels._decay import (
     add_channel_scores,
     age,
-    decay,
+    chunk_total,
     fresh_rows,
-    running_sum,
     token_decay,
 )
 from attnvariants.kernels._tiles import load_slice, locate, product, store_slice
@@ -29,8 +28,8 @@ from attnvariants.kernels._walk import (
     load_log_decay,
     load_row_scale,
     load_state,
-    load_sum_until_end,
     locate_state,
+    running_decay,
 )
 from attnvariants.kernels.linear_epilogue import weigh_and_gate
 
@@ -139,13 +138,16 @@ def linear_forward_kernel(
                 b_g = load_log_decay(g, i_b, i_h, t, rows, live, 0, dims.K, dims.BK, DECAY)
             b_o = product(b_a, b_v, q)  # [BT, BV]
             if DECAY is not None:
-                b_q = b_q * decay(running_sum(b_g, False), dtype)
-                b_after = load_sum_until_end(g, i_b, i_h, t, rows, end, 0, dims.K, dims.BK, DECAY)
-                b_k = b_k * decay(b_after, dtype)
+                b_q = b_q * running_decay(
+                    b_g, g, i_b, i_h, t, rows, end, 0, q, dims.K, dims.BK, "up to", DECAY
+                )
+                b_k = b_k * running_decay(
+                    b_g, g, i_b, i_h, t, rows, end, 0, q, dims.K, dims.BK, "behind", DECAY
+                )
             b_o += product(b_q, b_s, q)
             b_write = product(tl.trans(b_k), b_v, q)
             if DECAY is not None:
-                b_s = age(b_s, b_write, tl.sum(b_g, 0)[:, None], dtype)
+                b_s = age(b_s, b_write, chunk_total(b_g, DECAY, False), dtype)
             else:
                 b_s += b_write
         else:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from attnvariants.kernels._decay import age, decay, fresh_rows, running_sum
+from attnvariants.kernels._decay import age, chunk_total, fresh_rows
 from attnvariants.kernels._tiles import load_slice, locate, product
 from attnvariants.kernels._walk import (
     find_segment,
@@ -18,8 +18,8 @@ from attnvariants.kernels._walk import (
     load_log_decay,
     load_row_scale,
     load_state,
-    load_sum_until_end,
     locate_state,
+    running_decay,
 )
 
 
@@ -66,7 +66,7 @@ def linear_states_kernel(
 
     b_s = load_state(start, walk, i_s, i_h, 0, dims, i_k, i_v, False)  # [BK, BV]
     BD: tl.constexpr = dims.BK if DECAY == "channel" else 1
-    b_sum = tl.zeros([BD], tl.float32)
+    b_sum = tl.zeros([BD, 1], tl.float32)
     chunks = tl.cdiv(end - begin, BT)
     for n in tl.range(0, chunks):
         t = begin + n * BT
@@ -78,9 +78,10 @@ def linear_states_kernel(
                 i_m = first_slot(marked, i_n, first) + (t - first) // stride
                 p_m, mask = locate_state(marks, walk, i_m, i_h, t, dims, i_k, i_v, False)
                 tl.store(p_m, b_s, mask=mask)
-        rows = fresh_rows(t, walk, BT)
+        places = fresh_rows(t, walk, BT)
+        rows = places
         if BACKWARD:  # late queries have decayed most; sums that begin with them round least
-            rows = BT - 1 - rows
+            rows = BT - 1 - places
         live = t + rows < end
         b_k = load_features(k, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, MAP)
         if BACKWARD:
@@ -89,12 +90,15 @@ def linear_states_kernel(
         if DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, DECAY)
             if BACKWARD:
-                b_decay = running_sum(b_g, True)
+                b_k = b_k * running_decay(
+                    b_g, g, i_b, i_h, t, places, end, i_k, k, dims.K, dims.BK, "from", DECAY
+                )
             else:
-                b_decay = load_sum_until_end(g, i_b, i_h, t, rows, end, i_k, dims.K, dims.BK, DECAY)
-            b_k = b_k * decay(b_decay, dtype)
-            b_total = tl.sum(b_g, 0)
-            b_s = age(b_s, product(tl.trans(b_k), b_v, k), b_total[:, None], dtype)
+                b_k = b_k * running_decay(
+                    b_g, g, i_b, i_h, t, places, end, i_k, k, dims.K, dims.BK, "behind", DECAY
+                )
+            b_total = chunk_total(b_g, DECAY, False)
+            b_s = age(b_s, product(tl.trans(b_k), b_v, k), b_total, dtype)
             b_sum += b_total
         else:
             b_s += product(tl.trans(b_k), b_v, k)
@@ -108,9 +112,9 @@ def linear_states_kernel(
             row = tl.cast(i_s, tl.int64) * heads + i_h
             if DECAY == "channel":
                 cols = i_k + tl.arange(0, dims.BK)
-                tl.store(total + row * dims.K + cols, b_sum, mask=cols < dims.K)
+                tl.store(total + row * dims.K + cols[:, None], b_sum, mask=cols[:, None] < dims.K)
             else:
-                tl.store(total + row + tl.arange(0, 1), b_sum)
+                tl.store(total + row + tl.arange(0, 1)[:, None], b_sum)
 
 
 @triton.jit

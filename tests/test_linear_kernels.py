@@ -311,6 +311,18 @@ def test_errors_do_not_compound_over_chunks() -> None:
     assert_within_budget(state, truth, plain)
 
 
+def test_decays_close_to_one_leave_no_bias() -> None:
+    """All chunks together: what one float32 factor leaves out of each would add up to 4e-6."""
+    decay = torch.tensor([-4.5e-10])  # exp(64 decay) lies between 1 and the number before it
+    q, k, v = (torch.rand(1, 2**14, 1, 2) for _ in range(3))
+    options = {"feature_map": None, "norm": None, "return_state": True, "impl": "triton"}
+    _, state = norm_linear_attention(q, k, v, decay=decay, **options)
+    truth = final_state(
+        k.double(), v.double(), decay.double(), torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    )
+    assert (state / truth - 1).mean().abs() < 5e-7
+
+
 @pytest.mark.parametrize("zero", ["q", "k", "v"])
 def test_zero_rows(zero: str) -> None:
     """The norm of a zero output is zero, with finite gradients."""
