@@ -73,7 +73,7 @@ _BY_K = {  # tiles of those that hold all of K
     },
     "float32": {
         64: Tiles(16, 0, 32, 4, 1),
-        128: Tiles(16, 0, 32, 8, 1),
+        128: Tiles(16, 0, 16, 8, 1),
         256: Tiles(16, 0, 16, 8, 1),
     },
 }
@@ -97,6 +97,6 @@ _TABLES: dict[str, dict[str, dict[int, Tiles]]] = {
     },
     "linear_norm": {kind: {256: Tiles(32, 1, 0, 4, 1)} for kind in _ANY},
     "linear_cotangent": {
-        kind: {64: Tiles(32, 1, 0, 4, 1), 256: Tiles(16, 1, 0, 4, 1)} for kind in _ANY
+        kind: {64: Tiles(32, 1, 0, 4, 1), 256: Tiles(16, 1, 0, 8, 1)} for kind in _ANY
     },
 }
