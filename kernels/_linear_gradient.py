@@ -89,13 +89,14 @@ def add_decayed_gradient(
     ``pairs`` are the cotangents of the scores with their own rows first, ``[BT, BT]``.
     """
     BT: tl.constexpr = dims.BT
+    DECAY: tl.constexpr = kind.DECAY
     MAP: tl.constexpr = kind.FEATURE_MAP
     for level in tl.range(0, count_levels(BT), loop_unroll_factor=1):
         i_b, i_h, t, rows = fresh_chunk(level, walk, i_b, i_h, t, BT)
         live = t + rows < end
         b_zero = tl.where(level < 0, b_pairs.to(tl.float32), 0.0)
-        b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, kind.DECAY)
-        b_e = level_decay(b_g, rows, level, q, b_zero, kind.DECAY)
+        b_g = load_log_decay(g, i_b, i_h, t, rows, live, i_k, dims.K, dims.BK, DECAY)
+        b_e = level_decay(b_g, rows, level, q, b_zero, DECAY)
         b_x = load_side(q, k, rstd, scale, i_b, i_h, t, rows, live, i_k, dims, MAP, not QUERIES)
         b_met = tl.where(partners(rows, level, QUERIES), b_pairs, 0.0)
         b_part = b_e * product(b_met, b_x * b_e, q)

@@ -68,11 +68,12 @@ def find_state(
     """A slice ``[BV, BK]`` of the state at token ``t``, from the one that was kept at ``begin``."""
     BT: tl.constexpr = dims.BT
     DECAY: tl.constexpr = kind.DECAY
+    MAP: tl.constexpr = kind.FEATURE_MAP
     b_s = load_state(marks, walk, i_m, i_h, t, dims, i_k, i_v, True)
     for i_t in tl.range(begin, t, BT):
         i_b, i_h, i_t, rows = fresh_chunk(i_t, walk, i_b, i_h, i_t, BT)
         live = rows < BT
-        b_k = load_features(k, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, kind.FEATURE_MAP)
+        b_k = load_features(k, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, MAP)
         if DECAY is not None:
             b_g = load_log_decay(g, i_b, i_h, i_t, rows, live, i_k, dims.K, dims.BK, DECAY)
             b_k = b_k * chunk_decay(b_g, rows, k, "behind", DECAY)
