@@ -75,10 +75,12 @@ def run(args: argparse.Namespace) -> int:
     cases = [
         case
         for case in compile_cases()
-        if case.dtype == args.dtype and args.case in f"{case.label} "
+        if args.kernel in case.kernels
+        and case.dtype == args.dtype
+        and args.case in f"{case.label} "
     ]
     if not cases:
-        raise BenchError(f"no case in {args.dtype} has {args.case!r} in its name")
+        raise BenchError(f"no case of {args.kernel} in {args.dtype} has {args.case!r} in its name")
     console = make_console()
     environment = describe()
     console.print(one_line(environment), markup=False, soft_wrap=True)

@@ -331,7 +331,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BenchError, match="no CUDA device to time on; --prune-only needs none"):
         _run()
-    with pytest.raises(BenchError, match="no case in float64"):
+    with pytest.raises(BenchError, match="no case of softmax_forward in float64"):
         _run("--prune-only", "--dtype", "float64")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
