@@ -60,16 +60,23 @@ def _kind(arch: int) -> str:
     return {90: "hopper", 100: "blackwell"}.get(arch, "ampere")
 
 
-_BY_K = {  # tiles of those that hold all of K
+_OVER_K = {  # tiles of those that hold all of K
     "hopper": {
         64: Tiles(32, 0, 64, 4, 1),
         128: Tiles(32, 0, 64, 8, 1),
         256: Tiles(16, 0, 32, 8, 1),
     },
-    "ampere": {
+    # Its own matrix instruction takes tiles of 64 rows, and Triton 3.7 does not compile these
+    # kernels for it; smaller ones use the older instruction.
+    "blackwell": {
         64: Tiles(32, 0, 32, 4, 1),
         128: Tiles(32, 0, 32, 8, 1),
         256: Tiles(16, 0, 32, 8, 1),
+    },
+    "ampere": {
+        64: Tiles(32, 0, 32, 4, 1),
+        128: Tiles(16, 0, 32, 8, 1),
+        256: Tiles(16, 0, 16, 8, 1),
     },
     "float32": {
         64: Tiles(16, 0, 32, 4, 1),
@@ -77,9 +84,6 @@ _BY_K = {  # tiles of those that hold all of K
         256: Tiles(16, 0, 16, 8, 1),
     },
 }
-# Of data-center Blackwell as well: its own matrix instruction takes tiles of 64 rows, and Triton
-# 3.7 does not compile these kernels for it; smaller ones use the older instruction.
-_OVER_K = {**_BY_K, "blackwell": _BY_K["ampere"]}
 _TO_KEYS = {
     "hopper": {256: Tiles(64, 32, 32, 4, 1)},
     "blackwell": {256: Tiles(64, 16, 32, 4, 1)},
