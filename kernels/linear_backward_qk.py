@@ -18,7 +18,7 @@ the two are ``[V, K]`` and ``[K, V]``, so that no product needs a transposed one
 What fits the registers decides the form. A chunk is gone through in phases, dq before dk, that hold
 little more than their results; the rest is loaded again, from the L1 cache, and with :func:`fresh`
 also masks and addresses belong to one phase each. Of S and dS a program holds ``[BV, BK]`` at a
-time: dS lies in a buffer as large as the states of all segments, which the L2 cache keeps.
+time: dS lies in a buffer as large as the states of all segments, meant to stay in the L2 cache.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -60,3 +61,12 @@ def _poisoned_memory() -> Iterator[None]:
 def without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are then not usable on a CPU, as for most users: the slow interpreter is not run."""
     monkeypatch.delenv("TRITON_INTERPRET")
+
+
+@pytest.fixture
+def controls(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
+    """Serves ``impl="cuda"`` by csrc/ on the CPU; what steers its threads, see ``cuda_build``."""
+    from cuda_build import cuda_on_cpu
+
+    with cuda_on_cpu(monkeypatch) as library:
+        yield library

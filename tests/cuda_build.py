@@ -97,3 +97,4 @@ def cuda_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     library.cuda_on_cpu_processors(6)
     yield library
     library.cuda_on_cpu_order(0)
+    library.cuda_on_cpu_shared_memory(227 * 1024)

@@ -21,6 +21,7 @@ def _resets(x: Tensor, strength: float) -> Tensor:
     return torch.where(torch.rand_like(x) < 0.05, -strength, F.logsigmoid(x) / 16)
 
 
+SHAPE = (1, 2, 12, 10)  # B, H, K, V
 LOG_DECAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "weak": lambda x: F.logsigmoid(x) / 16,
     "plain": F.logsigmoid,
@@ -60,6 +61,37 @@ def log_decay(tensors: Mapping[str, Tensor], kind: str, strength: str) -> Tensor
 
 def states(tensors: Mapping[str, Tensor], count: int) -> Tensor:
     return draw(count, *tensors["q"].shape[2:], tensors["v"].shape[-1])
+
+
+def gated(
+    length: int = 80,
+    kind: str = "channel",
+    strength: str = "plain",
+    shape: tuple[int, int, int, int] = SHAPE,
+) -> Inputs:
+    """Inputs of ``gated_linear_attention`` with an initial state."""
+    batch, heads, key_dim, value_dim = shape
+    tensors = qkv(batch, length, heads, key_dim, value_dim)
+    tensors["g"] = log_decay(tensors, kind, strength)
+    tensors["initial_state"] = states(tensors, batch)
+    return tensors
+
+
+def normed(length: int = 80, shape: tuple[int, int, int, int] = SHAPE) -> Inputs:
+    """Inputs of ``norm_linear_attention`` with an initial state."""
+    tensors = qkv(shape[0], length, *shape[1:])
+    tensors["initial_state"] = states(tensors, shape[0])
+    return tensors
+
+
+def single(tensors: Inputs) -> Inputs:
+    """The same in float32."""
+    return {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
+
+
+def bounds(*lengths: int) -> Tensor:
+    """``cu_seqlens`` of sequences of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def run(function: str, tensors: Mapping[str, Tensor], **options: Any) -> Any:

@@ -28,6 +28,19 @@ def draw(batch: int, length: int, heads: int = 3, key_dim: int = 5, value_dim: i
     }
 
 
+def epilogue(tensors: dict[str, Tensor], gate: str | None = "elementwise") -> dict[str, Tensor]:
+    """The same with weight, initial state and gate."""
+    batch, length, heads, value_dim = tensors["v"].shape
+    tensors["norm_weight"] = torch.randn(heads, value_dim, dtype=torch.float64)
+    tensors["initial_state"] = torch.randn(
+        batch, heads, tensors["k"].shape[-1], value_dim, dtype=torch.float64
+    )
+    if gate is not None:
+        channels = (value_dim,) if gate == "elementwise" else ()
+        tensors["gate"] = torch.randn(batch, length, heads, *channels, dtype=torch.float64)
+    return tensors
+
+
 def log_decay(shape: tuple[int, ...]) -> Tensor:
     return -2 * torch.rand(shape, dtype=torch.float64) ** 3
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from cuda_build import cuda_on_cpu
 from decode_checks import spread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from linear_decode_checks import F32, assert_decodes, check_bf16_state, decode, draw, log_decay
-from torch import Tensor
+from linear_decode_checks import (
+    F32,
+    assert_decodes,
+    check_bf16_state,
+    decode,
+    draw,
+    epilogue,
+    log_decay,
+)
 
 from attnvariants import RecurrentState, linear_attention_decode
 from attnvariants.ops import _cuda
@@ -21,22 +26,7 @@ from attnvariants.ops import _cuda
 NORMS = ("model", "head", None)
 
 
-@pytest.fixture(autouse=True)
-def controls(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-    with cuda_on_cpu(monkeypatch) as library:
-        yield library
-
-
-def epilogue(tensors: dict[str, Tensor], gate: str | None = "elementwise") -> dict[str, Tensor]:
-    batch, length, heads, value_dim = tensors["v"].shape
-    tensors["norm_weight"] = torch.randn(heads, value_dim, dtype=torch.float64)
-    tensors["initial_state"] = torch.randn(
-        batch, heads, tensors["k"].shape[-1], value_dim, dtype=torch.float64
-    )
-    if gate is not None:
-        channels = (value_dim,) if gate == "elementwise" else ()
-        tensors["gate"] = torch.randn(batch, length, heads, *channels, dtype=torch.float64)
-    return tensors
+pytestmark = pytest.mark.usefixtures("controls")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, F32])

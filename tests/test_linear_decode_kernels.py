@@ -12,8 +12,7 @@ from attnvariants.kernels._feature_map import apply_map
 from decode_checks import spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_decode_checks import F32, assert_decodes, check_bf16_state, draw, log_decay
-from torch import Tensor
+from linear_decode_checks import F32, assert_decodes, check_bf16_state, draw, epilogue, log_decay
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,18 +27,6 @@ def _cut_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if 16 columns of a small head filled a program's registers."""
     config = linear_decode.Config(BV=16, warps=1)
     monkeypatch.setattr(linear_decode, "configure", lambda *_: config)
-
-
-def epilogue(tensors: dict[str, Tensor], gate: str | None = "elementwise") -> dict[str, Tensor]:
-    batch, length, heads, value_dim = tensors["v"].shape
-    tensors["norm_weight"] = torch.randn(heads, value_dim, dtype=torch.float64)
-    tensors["initial_state"] = torch.randn(
-        batch, heads, tensors["k"].shape[-1], value_dim, dtype=torch.float64
-    )
-    if gate is not None:
-        channels = (value_dim,) if gate == "elementwise" else ()
-        tensors["gate"] = torch.randn(batch, length, heads, *channels, dtype=torch.float64)
-    return tensors
 
 
 @pytest.mark.usefixtures("_cut_heads")

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import linear_checks as checks
 import pytest
 import torch
-from cuda_build import cuda_on_cpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from linear_checks import INF, LOG_DECAYS, draw, log_decay, qkv, run, states
+from linear_checks import (
+    INF,
+    LOG_DECAYS,
+    SHAPE,
+    bounds,
+    draw,
+    gated,
+    normed,
+    qkv,
+    run,
+    single,
+    states,
+)
 from oracle import assert_matches_definition, assert_within_budget
 from torch import Tensor
 
@@ -26,46 +36,15 @@ NORMS = ("model", "head", None)
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = (BF16, F16, F32)
 HALVES = [0, 3, 3, 67, 131, 140]  # bounds of packed sequences, one of them empty
-SHAPE = (1, 2, 12, 10)  # B, H, K, V
 
 
-@pytest.fixture(autouse=True)
-def controls(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-    with cuda_on_cpu(monkeypatch) as library:
-        yield library
+pytestmark = pytest.mark.usefixtures("controls")
 
 
 @pytest.fixture
 def many_processors(controls: ctypes.CDLL) -> None:
     """Cuts every sequence of 512 tokens or more into segments."""
     controls.cuda_on_cpu_processors(1000)
-
-
-def gated(
-    length: int = 80,
-    kind: str = "channel",
-    strength: str = "plain",
-    shape: tuple[int, int, int, int] = SHAPE,
-) -> checks.Inputs:
-    batch, heads, key_dim, value_dim = shape
-    tensors = qkv(batch, length, heads, key_dim, value_dim)
-    tensors["g"] = log_decay(tensors, kind, strength)
-    tensors["initial_state"] = states(tensors, batch)
-    return tensors
-
-
-def normed(length: int = 80, shape: tuple[int, int, int, int] = SHAPE) -> checks.Inputs:
-    tensors = qkv(shape[0], length, *shape[1:])
-    tensors["initial_state"] = states(tensors, shape[0])
-    return tensors
-
-
-def single(tensors: checks.Inputs) -> checks.Inputs:
-    return {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
-
-
-def bounds(*lengths: int) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def assert_exact(

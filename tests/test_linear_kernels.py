@@ -8,9 +8,20 @@ import linear_checks as checks
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_checks import INF, LOG_DECAYS, draw, log_decay, qkv, results, run, states
+from linear_checks import (
+    INF,
+    LOG_DECAYS,
+    bounds,
+    draw,
+    gated,
+    normed,
+    qkv,
+    results,
+    run,
+    single,
+    states,
+)
 from oracle import assert_matches_definition, assert_within_budget
-from torch import Tensor
 
 from attnvariants import linear_attention_decode, norm_linear_attention
 from attnvariants.reference.norm_linear_attention import final_state
@@ -20,33 +31,6 @@ KINDS = ("channel", "token", "constant")
 NORMS = ("model", "head", None)
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 HALVES = [0, 3, 3, 67, 131, 140]  # bounds of packed sequences, one of them empty
-
-
-def gated(
-    length: int = 80,
-    kind: str = "channel",
-    strength: str = "plain",
-    shape: tuple[int, int, int, int] = (1, 2, 12, 10),  # B, H, K, V
-) -> checks.Inputs:
-    batch, heads, key_dim, value_dim = shape
-    tensors = qkv(batch, length, heads, key_dim, value_dim)
-    tensors["g"] = log_decay(tensors, kind, strength)
-    tensors["initial_state"] = states(tensors, batch)
-    return tensors
-
-
-def normed(length: int = 80, shape: tuple[int, int, int, int] = (1, 2, 12, 10)) -> checks.Inputs:
-    tensors = qkv(shape[0], length, *shape[1:])
-    tensors["initial_state"] = states(tensors, shape[0])
-    return tensors
-
-
-def single(tensors: checks.Inputs) -> checks.Inputs:
-    return {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
-
-
-def bounds(*lengths: int) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def assert_exact(

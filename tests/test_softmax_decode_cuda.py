@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_build import cuda_on_cpu
 from decode_checks import F32, assert_decodes, cut, decode, draw, make_cache, spread, whole
 
 from attnvariants import KVCache, attention_decode
@@ -22,10 +20,7 @@ from attnvariants.ops import _cuda, _cuda_softmax_decode
 HALF = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def controls(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-    with cuda_on_cpu(monkeypatch) as library:
-        yield library
+pytestmark = pytest.mark.usefixtures("controls")
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,11 @@ compiler, the instructions of the tensor cores, the device and the dispatch key 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from cuda_build import cuda_on_cpu
 from hypothesis import HealthCheck, given, settings
 from oracle import assert_matches_definition
 from softmax_checks import ACTIVATIONS, Inputs, bounds, cast, draw
@@ -29,11 +27,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (BF16, F16, F32)
 
 
-@pytest.fixture(autouse=True)
-def controls(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-    with cuda_on_cpu(monkeypatch) as library:
-        yield library
-        library.cuda_on_cpu_shared_memory(227 * 1024)
+pytestmark = pytest.mark.usefixtures("controls")
 
 
 def check(

@@ -6,14 +6,11 @@ See ``test_softmax_forward_cuda.py`` for what it computes.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from cuda_build import cuda_on_cpu
 from oracle import assert_matches_definition
 from softmax_checks import bounds, cast, draw
 from torch import Tensor
@@ -27,10 +24,7 @@ from attnvariants._verify import within
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-@pytest.fixture(autouse=True)
-def controls(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
-    with cuda_on_cpu(monkeypatch) as library:
-        yield library
+pytestmark = pytest.mark.usefixtures("controls")
 
 
 @pytest.mark.parametrize("dtype", [F16, F32])
