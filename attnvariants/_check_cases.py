@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from attnvariants._select import has_backward
-from attnvariants._verify import Comparison, compare, exact_and_error, round_to, within
+from attnvariants._verify import (
+    Comparison,
+    compare,
+    exact_and_error,
+    round_to,
+    settle,
+    shuffle_channels,
+    within,
+)
 from attnvariants.kv_cache import KVCache
 from attnvariants.recurrent_state import RecurrentState
 
@@ -96,15 +104,20 @@ def _compare_decode(
     public = getattr(importlib.import_module("attnvariants"), case.function)
     home = importlib.import_module(f"attnvariants.reference.{case.function}")
     definition = getattr(home, case.function)
-    working = {name: round_to(name, tensor, dtype) for name, tensor in tensors.items()}
-    with torch.no_grad():
+    rounded = {name: round_to(name, tensor, dtype) for name, tensor in tensors.items()}
+
+    def measure(attempt: int) -> list[Comparison]:
+        working = shuffle_channels(rounded, attempt)
         actual = decode(public, working, case.options, impl=impl)
         truth, errors = exact_and_error(
             lambda inputs, _: decode(definition, inputs, case.options, upcast=False),
             working,
             dtype,
         )
-    return [within(name, actual[name], truth[name], errors[name], dtype) for name in truth]
+        return [within(name, actual[name], truth[name], errors[name], dtype) for name in truth]
+
+    with torch.no_grad():
+        return settle(measure)
 
 
 def _decode_softmax(

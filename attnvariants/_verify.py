@@ -71,7 +71,7 @@ def compare(
     definition = getattr(home, function)
 
     def measure(attempt: int) -> list[Comparison]:
-        working = _shuffle_channels(rounded, attempt) if attempt else rounded
+        working = shuffle_channels(rounded, attempt)
         run = functools.partial(_run, gradients=gradients, seed=seed + attempt)
 
         def define(
@@ -164,9 +164,11 @@ def round_to(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | N
     return rounded if rounded is not tensor else tensor.detach()
 
 
-def _shuffle_channels(tensors: Mapping[str, Tensor | None], seed: int) -> dict[str, Tensor | None]:
-    """The same problem with the channels of keys and of values in another order."""
-    generator = torch.Generator().manual_seed(seed)
+def shuffle_channels(tensors: Mapping[str, Tensor | None], draw: int) -> dict[str, Tensor | None]:
+    """The same problem with the channels of keys and of values in another order; as is for 0."""
+    if draw == 0:
+        return dict(tensors)
+    generator = torch.Generator().manual_seed(draw)
     orders = {
         letter: torch.randperm(tensors[name].shape[-1], generator=generator)  # type: ignore[union-attr]
         for letter, name in (("K", "k"), ("V", "v"))

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: fixed seeds, and poisoned uninitialised memory."""
+"""Shared by all tests: fixed seeds and examples, and poisoned uninitialised memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run; ``--hypothesis-profile=explore`` draws new ones.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+settings.register_profile("repeatable", derandomize=True, **_COMMON)
+settings.register_profile("explore", **_COMMON)
+settings.load_profile("repeatable")
 
 # The problems are small and often run beside each other: more threads would only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

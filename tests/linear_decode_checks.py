@@ -13,10 +13,10 @@ from attnvariants import RecurrentState, linear_attention_decode
 from attnvariants._checks import state_dtype
 from attnvariants._verify import (
     Comparison,
-    _shuffle_channels,
     exact_and_error,
     round_to,
     settle,
+    shuffle_channels,
     within,
 )
 from attnvariants.reference.gated_linear_attention import gated_linear_attention
@@ -126,7 +126,7 @@ def assert_decodes(
     steps_options = options | ({"scale": 1.0} if "feature_map" in options else {})
 
     def measure(attempt: int) -> list[Comparison]:
-        working = _shuffle_channels(rounded, attempt) if attempt else rounded
+        working = shuffle_channels(rounded, attempt)
         truth = whole(working, **options)
         actual = decode(working, steps, impl=impl, **steps_options)
         _, errors = exact_and_error(

@@ -111,7 +111,7 @@ def test_rows_of_different_length(steps: list[int], impl: str) -> None:
         assert comparison.ok, comparison
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     window=st.lists(st.none() | st.integers(1, 12), min_size=3, max_size=3),
     prompt=st.integers(0, 20),

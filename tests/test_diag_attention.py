@@ -110,7 +110,7 @@ def test_head_dims(key_dim: int, value_dim: int) -> None:
     scores=st.integers(1, 5000),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_any_shape(
     lengths: list[int],
     block_size: int,

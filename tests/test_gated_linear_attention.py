@@ -341,7 +341,7 @@ def test_inputs_are_not_modified() -> None:
     assert all(torch.equal(tensors[name], copies[name]) for name in tensors)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(0, 90), min_size=1, max_size=4).filter(any),
     heads=st.integers(1, 3),

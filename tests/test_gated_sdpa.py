@@ -161,7 +161,7 @@ def test_a_float32_gate_with_half_precision_inputs() -> None:
     block=st.integers(1, 50),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_shape(
     length: int,
     extra: int,

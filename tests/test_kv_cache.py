@@ -79,7 +79,7 @@ def test_append(window: object, pieces: tuple[int, ...]) -> None:
         assert_holds(cache, row, k[row], v[row])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     window=st.lists(st.none() | st.integers(1, 12), min_size=HEADS, max_size=HEADS),
     pieces=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4),

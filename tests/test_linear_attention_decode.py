@@ -87,7 +87,7 @@ def test_reset_token_sees_only_itself(impl: str) -> None:
     assert row.ok, row
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     steps=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     key_dim=st.integers(1, 9),

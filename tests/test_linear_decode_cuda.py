@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from decode_checks import spread
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_decode_checks import (
     F32,
@@ -57,9 +57,7 @@ def test_gate_activations(activation: str | None) -> None:
     assert_decodes(tensors, [5], impl="cuda", norm="head", eps=1e-2, gate_activation=activation)
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30)
 @given(
     steps=st.lists(st.integers(1, 8), min_size=1, max_size=2),
     # RMSNorm over two or three numbers leaves a budget from too few of them.

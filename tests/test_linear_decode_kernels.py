@@ -52,7 +52,7 @@ def test_head_dims(key_dim: int, value_dim: int, dtype: torch.dtype, norm: str |
     assert_decodes(tensors, [1, 8], dtype, impl="triton", **options)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     steps=st.lists(st.integers(1, 8), min_size=1, max_size=2),
     # RMSNorm over two or three numbers leaves a budget from too few of them.

@@ -8,7 +8,7 @@ from typing import Any
 import linear_checks as checks
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_checks import (
     INF,
@@ -317,9 +317,7 @@ def test_errors_do_not_compound_over_chunks(processors: int, controls: ctypes.CD
 # --- layouts, threads, and other implementations
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=1, max_size=3),
     # A norm over few numbers is one of a few errors, and its own a matter of luck.

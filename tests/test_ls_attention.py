@@ -110,7 +110,7 @@ def test_more_and_fewer_keys_than_queries(length: int, keys: int) -> None:
     block=st.integers(1, 40),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_windows(
     length: int, extra: int, windows: list[int | None], group: int, block: int, seed: int
 ) -> None:

@@ -294,7 +294,7 @@ def test_deterministic() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(0, 150), min_size=1, max_size=4).filter(any),
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),

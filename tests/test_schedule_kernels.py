@@ -106,7 +106,7 @@ def test_every_tile_of_every_head_is_picked_once_and_the_longest_first(
     rows=st.sampled_from([16, 32]),
     length=st.integers(1, 100),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_row_is_in_one_tile(
     lengths: list[int] | None, block: int | None, rows: int, length: int
 ) -> None:
@@ -144,7 +144,7 @@ def expected_sequences(lengths: list[int], block: int | None) -> set[tuple[int, 
     all_low=st.integers(-50, 150),
     all_high=st.integers(-50, 150),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_tiles_cover_what_is_visible_and_spare_the_mask_inside_only(
     low: int, width: int, all_low: int, all_high: int
 ) -> None:

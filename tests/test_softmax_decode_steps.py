@@ -20,7 +20,7 @@ from decode_checks import (
     use_small_tiles,
     whole,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from attnvariants import attention_decode
 from attnvariants._verify import within
@@ -53,9 +53,7 @@ def test_steps_of_several_tokens(prompt: int, steps: list[int], impl: str) -> No
     assert_decodes(tensors, (None, 20, 5, 3, 1), prompt, steps, impl=impl)
 
 
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=15)
 @given(
     window=st.lists(st.none() | st.integers(1, 40), min_size=2, max_size=2),
     prompt=st.integers(0, 60),

@@ -12,7 +12,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from oracle import assert_matches_definition
 from softmax_checks import ACTIVATIONS, Inputs, bounds, cast, draw
 from torch import Tensor
@@ -323,9 +323,7 @@ def test_order_of_threads_does_not_matter_to_blocks(activation: str, controls: c
     assert torch.equal(found[0], found[2])
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25)
 @given(
     length=st.integers(1, 150),
     more_keys=st.integers(-40, 80),

@@ -12,11 +12,11 @@ import torch
 import attnvariants
 from attnvariants._verify import (
     Comparison,
-    _shuffle_channels,
     compare,
     exact_and_error,
     judge,
     settle,
+    shuffle_channels,
     within,
 )
 
@@ -119,7 +119,7 @@ def test_shuffled_channels_are_the_same_problem(function: str) -> None:
         tensors |= {"initial_state": torch.randn(2, 2, 4, 6)}
         options |= {"norm": "head", "return_state": True}
     exact = {name: tensor.double() for name, tensor in tensors.items()}
-    shuffled = _shuffle_channels(exact, seed=1)
+    shuffled = shuffle_channels(exact, draw=1)
     assert not torch.equal(exact["q"], shuffled["q"])
     definition = getattr(importlib.import_module(f"attnvariants.reference.{function}"), function)
     found, expected = definition(**shuffled, **options), definition(**exact, **options)
