@@ -18,8 +18,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bench.accepted_spills import ACCEPTED, AcceptedSpill
 from bench.ahead_of_time import Compiled, compiling_for, refuse_interpreter
-from bench.compile_cases import ACCEPTED, AcceptedSpill, CompileCase, compile_cases
+from bench.compile_cases import CompileCase, compile_cases
 from bench.console import make_console, progress
 from bench.cubin import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, Resources, inspect
 from bench.environment import describe, one_line

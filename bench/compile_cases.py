@@ -1,4 +1,4 @@
-"""The calls that ``python -m bench compile`` compiles, and what it accepts.
+"""The calls that ``python -m bench compile`` compiles.
 
 A family of kernels joins with a function that turns a case and its tensors into calls of the
 launchers, and with its cases in :func:`compile_cases`.
@@ -19,6 +19,7 @@ from attnvariants import KVCache, _checks
 from bench.cases import Case
 
 HALF = ("bfloat16", "float16")
+UNALIGNED = "unaligned strides"
 Calls: TypeAlias = Mapping[str, Callable[[], Any]]  # by name, in the order in which they run
 
 
@@ -55,60 +56,6 @@ class CompileCase:
 def table_name(kernel: str) -> str:
     """The name in the configuration tables of a kernel's function."""
     return kernel.removesuffix("_kernel")
-
-
-@dataclass(frozen=True)
-class AcceptedSpill:
-    """A kernel that may spill up to ``stack`` bytes per thread on some chips, and why."""
-
-    kernel: str
-    archs: tuple[int, ...]
-    stack: int
-    reason: str
-    case: str = ""  # part of the case's name
-    dtypes: tuple[str, ...] = ()  # all of them if empty
-
-    def covers(self, kernel: str, arch: int, case: CompileCase) -> bool:
-        fits = not self.dtypes or case.dtype in self.dtypes
-        return fits and kernel == self.kernel and arch in self.archs and self.case in case.label
-
-
-_UNALIGNED = "unaligned strides"
-_SOFTMAX_SPILLS = tuple(
-    AcceptedSpill(
-        kernel,
-        (80, 86, 89, 90, 100, 120),
-        768,
-        "rows that do not start at multiples of 16 elements are loaded element by element, which "
-        "is slow with any tiles; they share the entries of the table with those that do",
-        case=_UNALIGNED,
-    )
-    for kernel in (
-        "softmax_forward_kernel",
-        "softmax_backward_dq_kernel",
-        "softmax_backward_dkdv_kernel",
-    )
-)
-_LINEAR_SPILLS = tuple(
-    AcceptedSpill(
-        kernel,
-        (80, 86, 89, 90, 100, 120),
-        320,
-        "float32 operands that tensor cores do not take, of a head dim of 256: no tile of the "
-        "values is smaller, and more warps leave each fewer registers",
-        case="K=256 V=256",
-        dtypes=("float32", "float16"),
-    )
-    for kernel in ("linear_forward_kernel", "linear_backward_v_kernel")
-)
-_MAP_SPILL = AcceptedSpill(
-    "linear_backward_v_kernel",
-    (90,),
-    8,
-    "smaller tiles of the values would compute all scores twice as often",
-    case="elu+1, per token",
-)
-ACCEPTED = (*_SOFTMAX_SPILLS, *_LINEAR_SPILLS, _MAP_SPILL)
 
 
 # --- softmax attention ---------------------------------------------------------------------------
@@ -243,7 +190,7 @@ def _softmax_cases() -> list[CompileCase]:
         found.append(make(dims, "float16", "all features", _HEAVY))
         found.append(make(dims, "float32", "all features", _HEAVY, quick=True))
     found.append(make((96, 96), "float32", "no gate", _FEATURES["no gate"]))
-    found.append(make((100, 100), "bfloat16", _UNALIGNED, {**_HEAVY, "gate": None}))
+    found.append(make((100, 100), "bfloat16", UNALIGNED, {**_HEAVY, "gate": None}))
     return found
 
 

@@ -70,7 +70,7 @@ _OVER_K = {  # tiles of those that hold all of K
     # kernels for it; smaller ones use the older instruction.
     "blackwell": {
         64: Tiles(32, 0, 32, 4, 1),
-        128: Tiles(32, 0, 32, 8, 1),
+        128: Tiles(16, 0, 32, 8, 1),
         256: Tiles(16, 0, 32, 8, 1),
     },
     "ampere": {

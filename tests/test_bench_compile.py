@@ -16,10 +16,11 @@ import pytest
 
 from bench import compile as bench_compile
 from bench import cubin
+from bench.accepted_spills import AcceptedSpill
 from bench.ahead_of_time import Compiled
 from bench.cases import Case
 from bench.compile import Row, merge, problems
-from bench.compile_cases import AcceptedSpill, CompileCase, compile_cases
+from bench.compile_cases import CompileCase, compile_cases
 from bench.cubin import Resources
 from bench.errors import BenchError
 
