@@ -45,3 +45,25 @@ def test_no_call_takes_shared_memory_from_another(
         gated_linear_attention(q, k, v, -torch.rand(1, 4, 1), impl="cuda")
         gated_sdpa(q, k, v, impl="cuda")
     assert controls.cuda_on_cpu_reductions() == before
+
+
+@pytest.mark.parametrize("kind", ["token", "channel", None])
+@pytest.mark.parametrize("processors", [6, 1000])  # sequences as a whole, and in segments
+@pytest.mark.parametrize("bounds", [[0, 60, 640], [-40, 60, 600], [0, 60, 2**31 - 1]])
+def test_wrong_bounds_on_a_device_lead_to_no_other_memory(
+    bounds: list[int], processors: int, kind: str | None, controls: ctypes.CDLL
+) -> None:
+    """Nobody waits for a device to check them. Around the tokens there is NaN."""
+    controls.cuda_on_cpu_processors(processors)
+    wide = torch.full((4, 1, 680, 1, 16), torch.nan)
+    q, k, v, g = wide[:, :, 40:640].copy_(-torch.rand(4, 1, 600, 1, 16)).unbind()
+    decay = {"token": g[..., 0], "channel": g, None: None}[kind]
+
+    def attend(cu_seqlens: list[int]) -> list[torch.Tensor]:
+        return torch.ops.attnvariants.linear_forward(
+            *(q, k, v, decay, None, torch.tensor(cu_seqlens, dtype=torch.int32), None, None),
+            *(None, True, 1.0, None, 1e-6, None, False, "cuda"),
+        )
+
+    for found, expected in zip(attend(bounds), attend([0, 60, 600]), strict=True):
+        assert torch.equal(found, expected)

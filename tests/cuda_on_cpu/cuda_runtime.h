@@ -20,6 +20,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ thread_local  // a block runs in one CPU thread; legal behind `extern` as well
 
+struct int2 { int x, y; };
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
