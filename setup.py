@@ -14,6 +14,7 @@ from setuptools import setup
 
 TORCH_TARGET = "0x020a000000000000"  # stable ABI of torch 2.10: one binary serves later versions
 PYTHON_TARGET = "0x030A0000"  # limited API of Python 3.10, likewise
+OLDEST = (8, 0)  # compute capability that csrc/ compiles for
 
 
 def obstacle() -> str:
@@ -30,6 +31,14 @@ def obstacle() -> str:
         return f"torch {torch.__version__} is a build without CUDA"
     if CUDA_HOME is None:
         return "no CUDA toolkit found; put nvcc on PATH or set CUDA_HOME"
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):  # torch builds for the GPUs that it sees
+        wish = "say for which to build, as in TORCH_CUDA_ARCH_LIST='8.0;9.0+PTX'"
+        gpus = range(torch.cuda.device_count())
+        capabilities = [torch.cuda.get_device_capability(gpu) for gpu in gpus]
+        if not capabilities:
+            return f"no GPU is visible; {wish}"
+        if min(capabilities) < OLDEST:
+            return f"a visible GPU is older than compute capability 8.0; {wish}"
     return ""
 
 

@@ -185,7 +185,7 @@ def _obstacle(function: str, impl: str, device: torch.device, dtype: torch.dtype
         impl == "triton" and not on_cuda and not interpreting()
     ):
         return f"it takes CUDA tensors, got {device}"
-    if impl == "triton" and on_cuda:
+    if on_cuda and impl in ("cuda", "triton"):
         if torch.version.hip:
             return "its kernels are for NVIDIA GPUs"
         capability = torch.cuda.get_device_capability(device)

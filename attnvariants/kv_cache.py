@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnvariants import _checks
+from attnvariants import _checks, _counters
 from attnvariants._types import Window
 
 
@@ -130,6 +130,7 @@ class KVCache:
         self.k = torch.zeros(batch_size, slots, key_dim, dtype=dtype, device=device)
         self.v = torch.zeros(batch_size, slots, value_dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        _counters.reserve(self.lengths, batch_size * (num_kv_heads + 1))
         self.max_filled = 0
         self._recorded = False
 

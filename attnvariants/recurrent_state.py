@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnvariants import _checks
+from attnvariants import _checks, _counters
 
 _LONGEST = 2**31 - 1  # of an int32 length
 
@@ -63,6 +63,7 @@ class RecurrentState:
             batch_size, num_heads, key_dim, value_dim, dtype=dtype, device=device
         )
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        _counters.reserve(self.lengths, batch_size * num_heads)
         self.max_filled = 0
         self._recorded = False
 

@@ -68,7 +68,7 @@ __device__ void combine_parts(const SoftmaxDecode& p, int b, const HeadPlan& pla
       static_cast<T*>(p.out)[out_row * p.value_dim + col] = from_float<T>(o);
     }
     if (lane == 0) {
-      p.row_max[out_row] = row_max;
+      p.row_max[out_row] = total == total ? row_max : NAN;  // a maximum drops NaN, a sum does not
       p.lse[out_row] = row_max + logf(total);
     }
   }

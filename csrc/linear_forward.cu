@@ -153,14 +153,15 @@ linear_forward_kernel(const __grid_constant__ LinearForward p, const Pass pass) 
 template <typename T, int kSlices>
 cudaError_t launch_pass(const LinearForward& call, const Pass& pass, cudaStream_t stream) {
   const auto kernel = linear_forward_kernel<T, kSlices>;
-  const int bytes = ChunkMemory<ChunkOf<T, kSlices>>::bytes(call.warps);
+  using Memory = ChunkMemory<ChunkOf<T, kSlices>>;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(call.slots) * call.heads * call.value_tiles);
   config.blockDim = dim3(32 * call.warps);
-  config.dynamicSmemBytes = bytes;
+  config.dynamicSmemBytes = Memory::bytes(call.warps);
   config.stream = stream;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  // The most that any call takes: less would stop what another thread of the host is launching.
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Memory::bytes(kMaxWarps));
   if (error != cudaSuccess) return error;
   return cudaLaunchKernelEx(&config, kernel, call, pass);
 }

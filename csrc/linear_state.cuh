@@ -15,6 +15,13 @@ struct Segment {
   bool used;
 };
 
+// First and last token of a packed sequence. Numbers that are no bounds of sequences lead to no
+// others than the tokens that there are.
+__device__ __forceinline__ int2 bounds_of(const LinearForward& p, int sequence) {
+  return {min(max(p.cu_seqlens[sequence], 0), p.length),
+          min(max(p.cu_seqlens[sequence + 1], 0), p.length)};
+}
+
 __device__ __forceinline__ Segment find_segment(const LinearForward& p, int slot) {
   int n, place, first = 0, last = p.length;
   if (p.cu_seqlens == nullptr) {
@@ -30,13 +37,15 @@ __device__ __forceinline__ Segment find_segment(const LinearForward& p, int slot
       if (p.cu_seqlens[middle] / p.span + middle <= slot) n = middle;
       else high = middle;
     }
-    first = p.cu_seqlens[n];
-    last = p.cu_seqlens[n + 1];
+    const int2 bounds = bounds_of(p, n);
+    first = bounds.x;
+    last = bounds.y;
     place = slot - (first / p.span + n);
   }
   const int64_t begin = first + static_cast<int64_t>(place) * p.span;
   const int64_t end = min(begin + p.span, static_cast<int64_t>(last));
-  return {n, p.cu_seqlens == nullptr ? n : 0, begin, end, place == 0 || begin < last};
+  return {n, p.cu_seqlens == nullptr ? n : 0, begin, end,
+          place == 0 || (place > 0 && begin < last)};
 }
 
 // A warp's 16 columns of the state of a head, transposed: [16, K].
@@ -114,9 +123,9 @@ linear_scan_kernel(const __grid_constant__ LinearForward p) {
   if (entry >= entries) return;
   int first_slot = p.slots / p.sequences * n, length = p.length;
   if (p.cu_seqlens != nullptr) {
-    const int first = p.cu_seqlens[n];
-    first_slot = first / p.span + n;
-    length = p.cu_seqlens[n + 1] - first;
+    const int2 bounds = bounds_of(p, n);
+    first_slot = bounds.x / p.span + n;
+    length = bounds.y - bounds.x;
   }
   const int channel = p.decay_width == 1 ? 0 : static_cast<int>(entry / p.value_dim);
   const int64_t whole = (static_cast<int64_t>(n) * p.heads + head) * entries + entry;

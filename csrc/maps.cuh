@@ -8,9 +8,10 @@ namespace attnvariants {
 
 __device__ __forceinline__ float apply_map(Map map, float x) {
   switch (map) {
-    case Map::kEluPlusOne: return x > 0.0f ? x + 1.0f : expf(fminf(x, 0.0f));
-    case Map::kElu: return x > 0.0f ? x : expm1f(fminf(x, 0.0f));
-    case Map::kRelu: return x < 0.0f ? 0.0f : x;  // keeps NaN, which a maximum would drop
+    // NaN stays NaN; a minimum or maximum would drop it.
+    case Map::kEluPlusOne: return x > 0.0f ? x + 1.0f : expf(x);
+    case Map::kElu: return x > 0.0f ? x : expm1f(x);
+    case Map::kRelu: return x < 0.0f ? 0.0f : x;
     case Map::kSilu: return x * sigmoid(x);
     case Map::kSigmoid: return sigmoid(x);
     default: return x;

@@ -237,7 +237,7 @@ softmax_forward_kernel(const __grid_constant__ SoftmaxForward p) {
       for (int m = 0; m < kBlocks; ++m) {
         if (p.relu) {
           if (p.max_logit != nullptr) update_largest(statistics[m], scores[m], factor);
-          rectify(scores[m], factor);
+          rectify(statistics[m], scores[m], factor);
         } else {
           weigh<T>(statistics[m], scores[m], out[m], factor);
         }
@@ -259,11 +259,11 @@ softmax_forward_kernel(const __grid_constant__ SoftmaxForward p) {
     for (int r = 0; r < 2; ++r) {
       const int row = warp_row + 16 * m + row_of(2 * r);
       if (row < t.count) largest = fmaxf(largest, statistics[m].largest[r]);
-      if (p.relu) continue;
       const float total = row_sum(statistics[m].total[r]);
+      broken = broken || (row < t.count && total != total);
+      if (p.relu) continue;
       const bool blind = total == 0.0f;  // rows that see nothing give 0
       const float inverse = 1.0f / (blind ? 1.0f : total);
-      broken = broken || (row < t.count && total != total);
 #pragma unroll
       for (int j = 0; j < kDim / 8; ++j) {
         out[m].x[j][2 * r] *= inverse;

@@ -91,15 +91,17 @@ __device__ __forceinline__ void weigh(
   }
 }
 
-// The same for the relu of the logits, which has neither.
+// The same for the relu of the logits, which are not relative to anything.
 template <int kKeys>
-__device__ __forceinline__ void rectify(Accumulator<kKeys>& scores, float factor) {
+__device__ __forceinline__ void rectify(
+    RowStatistics& rows, Accumulator<kKeys>& scores, float factor) {
 #pragma unroll
   for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float x = scores.x[j][e] * factor;
       scores.x[j][e] = x < 0.0f ? 0.0f : x;  // keeps NaN, which a maximum would drop
+      rows.total[e / 2] += scores.x[j][e];
     }
   }
 }

@@ -46,8 +46,11 @@ class OnDeviceOf {
     return static_cast<cudaStream_t>(stream);
   }
 
+  // CUDA remembers an error until someone asks for it: torch would blame its next kernel.
   static void check(cudaError_t error) {
-    STD_TORCH_CHECK(error == cudaSuccess, "attnvariants: ", cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();
+    STD_TORCH_CHECK(false, "attnvariants: ", cudaGetErrorString(error));
   }
 
  private:

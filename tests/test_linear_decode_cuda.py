@@ -20,8 +20,13 @@ from linear_decode_checks import (
     log_decay,
 )
 
-from attnvariants import RecurrentState, linear_attention_decode
-from attnvariants.ops import _cuda
+from attnvariants import (
+    RecurrentState,
+    _counters,
+    linear_attention_decode,
+    norm_linear_attention,
+)
+from attnvariants.ops.linear import FEATURE_MAPS
 
 NORMS = ("model", "head", None)
 
@@ -177,9 +182,24 @@ def test_norm_weight_for_all_heads_or_each(rank: int) -> None:
 def test_counters_are_zero_between_steps(norm: str) -> None:
     tensors = {name: x.float() for name, x in draw(2, 1, 3, 5, 40).items()}
     state = RecurrentState(2, 3, 5, 40)
+    arrivals = _counters._arrivals[state.lengths]
     for _ in range(3):
         linear_attention_decode(**tensors, g=None, state=state, norm=norm, impl="cuda")
-        assert not _cuda._arrivals[state.lengths].any()
+        assert _counters.counters(state.lengths, 2 * 3, state.lengths) is arrivals
+        assert not arrivals.any()
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_nan_passes_every_map(feature_map: str | None) -> None:
+    """In steps and in whole sequences: from the third token on, and not before."""
+    tensors = {name: x.float() for name, x in draw(1, 5, 1, 16, 16).items()}
+    tensors["k"][:, 2, 0, 3] = torch.nan
+    state = RecurrentState(1, 1, 16, 16)
+    options: dict[str, Any] = {"feature_map": feature_map, "impl": "cuda"}
+    steps = linear_attention_decode(**tensors, g=None, state=state, **options)
+    whole = norm_linear_attention(**tensors, norm=None, **options)
+    for out in (steps, whole):
+        assert out.isnan().all(-1).flatten().tolist() == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -67,6 +67,38 @@ def test_demanding_the_extension_without_cuda_fails_loudly(tmp_path: Path) -> No
     assert "build without CUDA" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("gpus", "archs", "message"),
+    [
+        ([], "", "no GPU is visible"),
+        ([(9, 0), (7, 5)], "", "older than compute capability 8.0"),
+        ([(9, 0), (8, 6)], "", ""),
+        ([], "9.0", ""),
+    ],
+)
+def test_gpus_to_build_for(
+    gpus: list[tuple[int, int]], archs: str, message: str, tmp_path: Path
+) -> None:
+    """Torch gives up where it sees no GPU, and old ones lack what csrc/ is written in."""
+    code = (
+        "import runpy, sys, torch, torch.utils.cpp_extension as extension; "
+        "torch.version.cuda, extension.CUDA_HOME = '13.0', '/cuda'; "
+        f"torch.cuda.device_count = lambda: {len(gpus)}; "
+        f"torch.cuda.get_device_capability = {gpus}.__getitem__; "
+        "sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=_copy_of_sources(tmp_path),
+        env={**os.environ, "ATTNVARIANTS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": archs},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode != 0) == bool(message), done.stderr
+    assert message in done.stderr
+
+
 def test_extension_module_compiles_and_says_what_it_is(tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     include = sysconfig.get_path("include")

@@ -93,6 +93,23 @@ def test_auto_on_a_device(
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("capability", "found"), [((7, 5), {"eager"}), ((8, 0), {"triton", "cuda"})]
+)
+def test_kernels_refuse_old_gpus(
+    capability: tuple[int, int], found: set[str], function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_select, "_missing", lambda *_: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    device = torch.device("cuda", 0)
+    assert select(function, "auto", device, F32) in found
+    for impl in {"triton", "cuda"} - found:
+        with pytest.raises(NotImplementedError, match=r"capability 8\.0 or newer, got 7\.5"):
+            select(function, impl, device, F32)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_kernel_without_a_backward_refuses_a_gradient(function: str) -> None:
     x, y = torch.zeros(1, requires_grad=True), torch.zeros(1)
     assert list(forward_only(function, y, None, x)) == ["cuda"] * (function in FORWARD_ONLY)

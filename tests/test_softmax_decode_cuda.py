@@ -6,6 +6,7 @@ compiler, the device and the dispatch key are others.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import itertools
 
@@ -13,9 +14,9 @@ import pytest
 import torch
 from decode_checks import F32, assert_decodes, cut, decode, draw, make_cache, spread, whole
 
-from attnvariants import KVCache, attention_decode
+from attnvariants import KVCache, _counters, attention_decode
 from attnvariants._verify import within
-from attnvariants.ops import _cuda, _cuda_softmax_decode
+from attnvariants.ops import _cuda_softmax_decode
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -97,21 +98,33 @@ def test_order_of_threads_and_blocks_does_not_matter(heads: int, controls: ctype
 def test_nan_spreads() -> None:
     tensors = {name: x.float() for name, x in draw(1, 21, 2, 1).items()}
     tensors["k"][:, 3] = torch.nan
-    assert decode(tensors, None, 20, [1], impl="cuda")["out"].isnan().all()
+    found = decode(tensors, None, 20, [1], impl="cuda")
+    assert all(found[name].isnan().all() for name in ("out", "lse", "max_logit"))
 
 
 def test_counters_are_zero_between_steps() -> None:
     """As a replay of a CUDA graph needs them; every cache has its own."""
     tensors = {name: x.float() for name, x in draw(2, 30, 4, 2).items()}
     cache, other = (make_cache(tensors, (9, None)) for _ in range(2))
-    attention_decode(**cut(tensors, 0, 8), cache=cache, impl="cuda")
-    counters = _cuda._arrivals[cache.lengths]
+    arrivals = _counters._arrivals[cache.lengths]
+    assert arrivals is not _counters._arrivals[other.lengths]
     for start in range(8, 12):
         attention_decode(**cut(tensors, start, start + 1), cache=cache, impl="cuda")
-        assert _cuda._arrivals[cache.lengths] is counters
-        assert not counters.any()
-    attention_decode(**cut(tensors, 0, 1), cache=other, impl="cuda")
-    assert _cuda._arrivals[other.lengths] is not counters
+        assert _counters.counters(cache.lengths, 2 * 3, cache.lengths) is arrivals
+        assert not arrivals.any()
+
+
+def test_a_step_keeps_no_memory_of_its_own() -> None:
+    """It may be that of a CUDA graph, which is used again; a copy of a cache has no counters."""
+    tensors = {name: x.float() for name, x in draw(2, 30, 4, 2).items()}
+    cache = make_cache(tensors, (9, None))
+    twin = copy.deepcopy(cache)
+    kept = len(_counters._arrivals)
+    found = [
+        attention_decode(**cut(tensors, 0, 8), cache=each, impl="cuda") for each in (cache, twin)
+    ]
+    assert torch.equal(*found)
+    assert len(_counters._arrivals) == kept
 
 
 def test_inputs_with_any_strides() -> None:

@@ -257,6 +257,16 @@ def test_statistics_of_blocks(dtype: torch.dtype, activation: str) -> None:
     torch.testing.assert_close(largest, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", ["softmax", "relu"])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_nan_in_the_statistics_of_blocks(dtype: torch.dtype, activation: str) -> None:
+    tensors = cast(draw(batch=1, length=70, heads=2), dtype)
+    tensors["k"][:, 40, 0] = torch.nan
+    _, largest = diag_attention_with_stats(**tensors, activation=activation, impl="cuda")
+    assert largest is not None
+    assert largest.isnan().tolist() == [True, False]
+
+
 # Layouts, and the order in which threads run.
 
 

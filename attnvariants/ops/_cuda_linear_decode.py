@@ -7,7 +7,8 @@ import importlib
 import torch
 from torch import Tensor
 
-from attnvariants.ops._cuda import MAPS, NORMS, channels, contiguous_rows, counters
+from attnvariants._counters import counters
+from attnvariants.ops._cuda import MAPS, NORMS, channels, contiguous_rows
 from attnvariants.ops._library import declare
 
 declare(

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnvariants.ops._cuda import contiguous_rows, counters
+from attnvariants._counters import counters
+from attnvariants.ops._cuda import contiguous_rows
 from attnvariants.ops._library import declare
 
 _GATES = (None, "sigmoid", "ns_sigmoid", "softplus")  # in the order of csrc/activations.cuh

@@ -16,6 +16,13 @@ extern "C" void cuda_on_cpu_processors(int count) { cuda_on_cpu::settings.proces
 
 extern "C" void cuda_on_cpu_shared_memory(int bytes) { cuda_on_cpu::settings.shared = bytes; }
 
+extern "C" void cuda_on_cpu_refuse_launches(bool refuse) { cuda_on_cpu::settings.refuses = refuse; }
+
+// What torch would find when it asks behind its own next launch.
+extern "C" int cuda_on_cpu_last_error() { return cudaGetLastError(); }
+
+extern "C" int cuda_on_cpu_reductions() { return cuda_on_cpu::reductions; }
+
 // tiles_per_part of csrc/split_plan.h.
 extern "C" long long split_plan(
     const long long* tiles, int heads, long long parallel, long long resident) {

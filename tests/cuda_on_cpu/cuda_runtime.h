@@ -3,8 +3,11 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <map>
+#include <utility>
 
 #include "warps.h"
 
@@ -17,6 +20,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ thread_local  // a block runs in one CPU thread; legal behind `extern` as well
 
+struct int2 { int x, y; };
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
@@ -92,14 +96,22 @@ constexpr T min(T a, T b) { return b < a ? b : a; }
 template <typename T>
 constexpr T max(T a, T b) { return a < b ? b : a; }
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerMultiprocessor };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorInvalidValue) return "invalid argument";
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
 }
+
+namespace cuda_on_cpu {
+inline cudaError_t last_error = cudaSuccess;
+inline cudaError_t fail(cudaError_t error) { return last_error = error; }
+}  // namespace cuda_on_cpu
+
+inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }
 inline cudaError_t cudaGetDevice(int* device) { *device = -1; return cudaSuccess; }  // torch's CPU
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
@@ -109,8 +121,21 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
+namespace cuda_on_cpu {
+// Dynamic shared memory that kernels may take, in bytes, where it is not the least, and how often
+// it was reduced: a device keeps one number for all threads of the host.
+inline constexpr size_t kLeastDynamicShared = 48 * 1024;
+inline std::map<const void*, size_t> dynamic_shared_limits;
+inline int reductions = 0;
+}  // namespace cuda_on_cpu
+
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  size_t& limit = cuda_on_cpu::dynamic_shared_limits[reinterpret_cast<const void*>(kernel)];
+  cuda_on_cpu::reductions += static_cast<size_t>(bytes) < limit;
+  limit = bytes;
+  return cudaSuccess;
+}
 
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
@@ -127,6 +152,12 @@ struct cudaLaunchConfig_t {
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  const auto limit = cuda_on_cpu::dynamic_shared_limits.find(reinterpret_cast<const void*>(kernel));
+  const size_t opted = limit == cuda_on_cpu::dynamic_shared_limits.end() ? 0 : limit->second;
+  if (config->dynamicSmemBytes > std::max(opted, cuda_on_cpu::kLeastDynamicShared) ||
+      cuda_on_cpu::settings.refuses) {
+    return cuda_on_cpu::fail(cudaErrorInvalidValue);
+  }
   cuda_on_cpu::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
                         [&] { kernel(arguments...); });
   return cudaSuccess;

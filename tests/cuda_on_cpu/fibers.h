@@ -82,6 +82,7 @@ struct Settings {
   unsigned seed = 0;   // 0: ascending order
   int processors = 3;  // what a launch that shares out work is told
   int shared = static_cast<int>(kDynamicSharedBytes);  // bytes per processor
+  bool refuses = false;  // every launch
 };
 
 inline Settings settings;

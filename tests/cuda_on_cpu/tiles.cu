@@ -164,6 +164,7 @@ void launch(int threads, void (*kernel)(Parameters...), Arguments... arguments) 
   cudaLaunchConfig_t config = {};
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = 128 * 1024;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 128 * 1024);
   cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
