@@ -8,9 +8,9 @@ namespace attnvariants {
 
 __device__ __forceinline__ float apply_map(Map map, float x) {
   switch (map) {
-    case Map::kEluPlusOne: return x > 0.0f ? x + 1.0f : expf(fminf(x, 0.0f));
-    case Map::kElu: return x > 0.0f ? x : expm1f(fminf(x, 0.0f));
-    case Map::kRelu: return x < 0.0f ? 0.0f : x;  // keeps NaN, which a maximum would drop
+    case Map::kEluPlusOne: return x > 0.0f ? x + 1.0f : expf(x);  // keeps NaN, as all do
+    case Map::kElu: return x > 0.0f ? x : expm1f(x);
+    case Map::kRelu: return x < 0.0f ? 0.0f : x;
     case Map::kSilu: return x * sigmoid(x);
     case Map::kSigmoid: return sigmoid(x);
     default: return x;

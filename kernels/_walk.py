@@ -164,7 +164,8 @@ def load_log_decay(
     else:
         p_tile = p_g + rows[:, None] * g.time + tl.zeros([1, 16], tl.int32)
         b_g = tl.load(p_tile, mask=live[:, None], other=0.0)
-    return tl.maximum(b_g.to(tl.float32), NOTHING)
+    b_g = b_g.to(tl.float32)
+    return tl.where(b_g < NOTHING, NOTHING, b_g)  # a maximum would drop NaN
 
 
 @triton.jit
