@@ -7,6 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
+def negative_part(x):
+    """``x`` where it is below 0, else 0; NaN stays, which a device's minimum with 0 would drop."""
+    return tl.where(x > 0, 0.0, x)
+
+
+@triton.jit
 def expm1(x):
     """``exp(x) - 1`` for x <= 0: near 0 as ``2 x / (x coth(x / 2) - x)``, without a difference.
 
@@ -30,11 +36,11 @@ def sigmoid(x):
 def apply_map(x, MAP: tl.constexpr):
     """``"elu+1"``, ``"elu"``, ``"relu"``, ``"silu"``, ``"sigmoid"`` or ``None`` for x itself."""
     if MAP == "elu+1":
-        y = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+        y = tl.where(x > 0, x + 1.0, tl.exp(negative_part(x)))
     elif MAP == "elu":
-        y = tl.where(x > 0, x, expm1(tl.minimum(x, 0.0)))
+        y = tl.where(x > 0, x, expm1(negative_part(x)))
     elif MAP == "relu":
-        y = tl.maximum(x, 0.0)
+        y = tl.where(x < 0, 0.0, x)  # a maximum would drop NaN
     elif MAP == "silu":
         y = x * sigmoid(x)
     elif MAP == "sigmoid":
@@ -49,7 +55,7 @@ def apply_map(x, MAP: tl.constexpr):
 def map_gradient(x, MAP: tl.constexpr):
     """The derivative of :func:`apply_map`."""
     if MAP == "elu+1" or MAP == "elu":
-        y = tl.exp(tl.minimum(x, 0.0))
+        y = tl.exp(negative_part(x))
     elif MAP == "relu":
         y = tl.where(x > 0, 1.0, 0.0)
     elif MAP == "silu":

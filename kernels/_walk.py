@@ -67,6 +67,18 @@ class Dims(NamedTuple):
 
 
 @triton.jit
+def find_sequence(walk, i_n):
+    """First and last token (excluded) of packed sequence ``i_n``.
+
+    On a device nobody looks at ``cu_seqlens`` before: what are no bounds must touch nothing else.
+    """
+    length = walk.length >> 1
+    first = tl.minimum(tl.maximum(tl.load(walk.cu_seqlens + i_n), 0), length)
+    last = tl.minimum(tl.maximum(tl.load(walk.cu_seqlens + i_n + 1), first), length)
+    return first, last
+
+
+@triton.jit
 def find_segment(walk, i_s):
     """Of segment ``i_s``: sequence, batch entry, place among the sequence's segments,
 
@@ -83,13 +95,14 @@ def find_segment(walk, i_s):
     else:
         i_n = i_s
         if walk.owner is not None:
-            i_n = tl.load(walk.owner + i_s)
+            i_n = tl.maximum(tl.load(walk.owner + i_s), 0)
         i_b = 0
-        first = tl.load(walk.cu_seqlens + i_n)
-        last = tl.load(walk.cu_seqlens + i_n + 1)
+        first, last = find_sequence(walk, i_n)
         place = i_s - (first // span + i_n)
     begin = first + place * span
     end = tl.minimum(begin + span, last)
+    if walk.cu_seqlens is not None:
+        end = tl.where(place < 0, begin, end)  # of no sequence
     return i_n, i_b, place, first, last, begin, end
 
 
@@ -164,7 +177,8 @@ def load_log_decay(
     else:
         p_tile = p_g + rows[:, None] * g.time + tl.zeros([1, 16], tl.int32)
         b_g = tl.load(p_tile, mask=live[:, None], other=0.0)
-    return tl.maximum(b_g.to(tl.float32), NOTHING)
+    b_g = b_g.to(tl.float32)
+    return tl.where(b_g < NOTHING, NOTHING, b_g)  # a maximum would drop NaN
 
 
 @triton.jit

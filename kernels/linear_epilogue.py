@@ -70,6 +70,15 @@ def load_gate(
 
 
 @triton.jit
+def divisor(b_squares, BV: tl.constexpr):
+    """What the rows of a slice are left divided by: their root mean square, from their squares.
+
+    Rows of zeros stay as they are, and rows whose squares a device may take for 0.
+    """
+    return tl.where(b_squares < 1e-34, 1.0, tl.sqrt(b_squares / BV))
+
+
+@triton.jit
 def linear_norm_kernel(
     gate,  # Strided [B, T, H, V] or [B, T, H], logits; None
     weight,  # Strided [1, 1, H, V]; None
@@ -111,7 +120,7 @@ def linear_norm_kernel(
         for n in tl.static_range(NV):
             b_sum += tl.load(p_squares + i_h * NV + n, mask=live, other=0.0)
         width = V
-    b_r = 1.0 / tl.sqrt(b_sum / width + eps)
+    b_r = 1.0 / tl.sqrt_rn(b_sum / width + eps)
     p_r = locate(rstd, i_b, i_h, t) + rows * rstd.time
     if norm.KIND == "model":
         if i_h + i_slice == 0:
@@ -119,9 +128,7 @@ def linear_norm_kernel(
     elif i_slice == 0:
         tl.store(p_r, b_r, mask=live)
 
-    # The rows were left divided by this; rows of zeros as they are.
-    b_own = tl.load(p_squares + i_h * NV + i_slice, mask=live, other=0.0)
-    b_own = tl.sqrt(b_own / BV)
+    b_own = divisor(tl.load(p_squares + i_h * NV + i_slice, mask=live, other=0.0), BV)
     store = outputs.y if norm.KEEP_Y else outputs.out
     p_store = locate(store, i_b, i_h, t)
     b_y = load_slice(p_store, store, rows, live, i_v, dims.V, dims.BV).to(tl.float32)

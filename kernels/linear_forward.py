@@ -31,7 +31,7 @@ from attnvariants.kernels._walk import (
     locate_state,
     running_decay,
 )
-from attnvariants.kernels.linear_epilogue import weigh_and_gate
+from attnvariants.kernels.linear_epilogue import divisor, weigh_and_gate
 
 
 @triton.jit
@@ -159,11 +159,11 @@ def linear_forward_kernel(
         if norm.KIND is not None:
             b_squares = tl.sum(b_o * b_o, 1)  # [BT]
             if norm.DEFERRED:
-                b_r = 1.0 / tl.sqrt(tl.where(b_squares > 0, b_squares / BV, 1.0))
+                b_r = 1.0 / divisor(b_squares, BV)
                 row = (tl.cast(i_b, tl.int64) * (walk.length >> 1) + t + rows) * heads + i_h
                 tl.store(squares + row * NV + i_slice, b_squares, mask=live)
             else:
-                b_r = 1.0 / tl.sqrt(b_squares / V + eps)
+                b_r = 1.0 / tl.sqrt_rn(b_squares / V + eps)
                 p_r = locate(rstd, i_b, i_h, t) + rows * rstd.time
                 tl.store(p_r, b_r, mask=live)
             b_o = b_o * b_r[:, None]

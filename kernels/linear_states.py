@@ -13,6 +13,7 @@ from attnvariants.kernels._decay import age, chunk_total, fresh_rows
 from attnvariants.kernels._tiles import load_slice, locate, product
 from attnvariants.kernels._walk import (
     find_segment,
+    find_sequence,
     first_slot,
     load_features,
     load_log_decay,
@@ -141,8 +142,7 @@ def linear_scan_kernel(
         first = 0
         last = walk.length >> 1
     else:
-        first = tl.load(walk.cu_seqlens + i_n)
-        last = tl.load(walk.cu_seqlens + i_n + 1)
+        first, last = find_sequence(walk, i_n)
     slot = first_slot(walk, i_n, first)
     count = tl.cdiv(last - first, walk.span >> 1)
     cols = i_k + tl.arange(0, dims.BK)
