@@ -299,5 +299,13 @@ def autocast(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> list[
     ]
 
 
+def autocast_decay(g: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Log-decays are not cast by autocast; another half precision than ``dtype`` is widened."""
+    halves = (torch.float16, torch.bfloat16)
+    if isinstance(g, Tensor) and g.dtype in halves and g.dtype != dtype and autocasting(g.device):
+        return g.float()
+    return g
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -200,7 +200,10 @@ def check_autocast(
     impls: tuple[str, ...] = ("eager", "reference"),
     **options: Any,
 ) -> None:
-    """As if q, k, v, gate and weight had been cast by the caller; nothing else is."""
+    """As if q, k, v, gate and weight had been cast by the caller; nothing else is.
+
+    But a decay in the other half precision, which no call takes, is widened.
+    """
     single = {name: tensor.float() for name, tensor in tensors.items()}
     cast = ("q", "k", "v", "gate", "norm_weight")
     half = {name: x.bfloat16() if name in cast else x for name, x in single.items()}
@@ -211,6 +214,11 @@ def check_autocast(
         assert found[1].dtype == torch.float32
         for actual, expected in zip(found, wanted, strict=True):
             torch.testing.assert_close(actual, expected, check_dtype=False, rtol=0, atol=0)
+    rounded = {name: x.half() if name in ("g", "decay") else x for name, x in single.items()}
+    wide = {name: x.float() for name, x in rounded.items()}
+    for impl in impls:
+        found = results(function, rounded, autocast=True, impl=impl, **options)[0]
+        assert torch.equal(found, results(function, wide, autocast=True, impl=impl, **options)[0])
 
 
 def check_checkpoint(function: str, tensors: Inputs, impl: str = "eager", **options: Any) -> None:

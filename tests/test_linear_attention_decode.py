@@ -141,13 +141,15 @@ def test_strided_inputs(impl: str) -> None:
 
 def test_autocast_keeps_decay_and_state() -> None:
     tensors = {name: x.float() for name, x in draw(2, 1).items()}
-    g, states = log_decay((2, 1, 3, 5)).float(), [torch.zeros(2, 3, 5, 7) for _ in range(2)]
+    g = log_decay((2, 1, 3, 5)).half().float()
+    states = [torch.zeros(2, 3, 5, 7) for _ in range(3)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = linear_attention_decode(**tensors, g=g, state=states[0])
+        assert torch.equal(out, linear_attention_decode(**tensors, g=g.half(), state=states[2]))
     low = {name: x.bfloat16() for name, x in tensors.items()}
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, linear_attention_decode(**low, g=g, state=states[1]))
-    assert torch.equal(*states)
+    assert all(torch.equal(states[0], other) for other in states[1:])
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])

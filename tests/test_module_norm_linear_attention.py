@@ -205,6 +205,25 @@ def test_decay_is_never_rounded() -> None:
     assert torch.equal(late.decay, torch.full((4,), -0.1))
 
 
+def test_late_weights() -> None:
+    """A layer made without storage gets its log-decays with the weights that it is given."""
+    source = make(decay=DECAY)
+    with torch.device("meta"):
+        late = NormLinearAttention(32, 4, decay=DECAY)
+        with pytest.raises(ValueError, match="decay must hold numbers, got a tensor on the meta"):
+            NormLinearAttention(32, 4, decay=torch.tensor(DECAY))
+    assert late.decay.is_meta
+    late.load_state_dict(source.state_dict(), assign=True)
+    x = checks.tokens(1, 9, 32)
+    assert torch.equal(late(x), source(x))
+    kept = late.decay
+    late.load_state_dict(source.state_dict())
+    assert late.decay is kept  # a CUDA graph may read it
+    late = NormLinearAttention(32, 4, decay=DECAY)  # float32, and source is float64
+    late.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(late(x), source(x))
+
+
 def test_presets() -> None:
     t1 = NormLinearAttention.transnormer_t1(32, 4)
     assert (t1.feature_map, t1.norm, t1.lrpe_form, t1.output_gate) == (

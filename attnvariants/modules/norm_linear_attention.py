@@ -163,6 +163,7 @@ class NormLinearAttention(RecurrentLayer):
         self.decay: Tensor | None
         self.register_buffer("decay", None, persistent=False)
         self._place_decay()
+        self.register_load_state_dict_post_hook(_follow_weights)
 
     @classmethod
     def transnormer_t1(cls, embed_dim: int, num_heads: int, **options: Any) -> NormLinearAttention:
@@ -253,6 +254,15 @@ class NormLinearAttention(RecurrentLayer):
         return self.o_proj(out.flatten(2))
 
 
+def _follow_weights(layer: NormLinearAttention, _: Any) -> None:
+    """Places the log-decays again where ``load_state_dict(assign=True)`` replaced the weights."""
+    decay, weight = layer.decay, layer.q_proj.weight
+    if decay is None:
+        return
+    if (decay.device, decay.dtype) != (weight.device, _checks.state_dtype(weight.dtype)):
+        layer._place_decay()
+
+
 def _alibi_slopes(num_heads: int) -> list[float]:
     """ALiBi's slopes: a geometric series, interleaved with the next one off powers of 2."""
     power = 2 ** math.floor(math.log2(num_heads))
@@ -298,7 +308,10 @@ def _log_decay(
             f"{name}: decay must be None, 'alibi', 'paper' or the log-decay of each head, "
             f"got {type(decay).__name__}"
         )
-    values = torch.as_tensor(decay, dtype=torch.float64)
+    if isinstance(decay, Tensor) and decay.is_meta:
+        raise ValueError(f"{name}: decay must hold numbers, got a tensor on the meta device")
+    # on the CPU, because the default device may be meta
+    values = torch.as_tensor(decay, dtype=torch.float64, device="cpu")
     if values.shape != (num_heads,):
         raise ValueError(
             f"{name}: decay has shape {tuple(values.shape)}, expected one log-decay per head "

@@ -89,6 +89,7 @@ def attend(
     _checks.same_device(function, q=q, k=k, v=v, initial_state=initial_state, **tensors)
     q, k, v, norm_weight, gate = _checks.autocast(q, k, v, norm_weight, gate)  # type: ignore[assignment]
     dtype = _checks.same_dtype(function, q=q, k=k, v=v)
+    g = _checks.autocast_decay(g, dtype)
     wide = _checks.state_dtype(dtype)
     for name, tensor in ((g_name, g), ("norm_weight", norm_weight), ("gate", gate)):
         if tensor is not None:

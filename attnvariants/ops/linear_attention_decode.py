@@ -47,7 +47,8 @@ def linear_attention_decode(
     device, so that a CUDA graph captures it.
 
     Args:
-        q: ``[B, Q, H, K]``, float16, bfloat16, float32 or float64; ``K`` up to 256.
+        q: ``[B, Q, H, K]``, float16, bfloat16, float32 or float64, as then all
+            others are; ``K`` up to 256.
         k: ``[B, Q, H, K]``, dtype of ``q``.
         v: ``[B, Q, H, V]``, dtype of ``q``; ``V`` up to 256.
         g: log-decay of at most 0: ``[B, Q, H, K]`` per channel, ``[B, Q, H]`` per token, ``[H]``
@@ -99,8 +100,8 @@ def linear_attention_decode(
     _checks.same_device(function, q=q, k=k, v=v, state=buffer, **tensors)
     cast = _checks.autocast(q, k, v, norm_weight, gate)
     q, k, v, norm_weight, gate = (x if x is None else x.detach() for x in cast)  # type: ignore[assignment]
-    g = None if g is None else g.detach()
     dtype = _checks.same_dtype(function, q=q, k=k, v=v)
+    g = None if g is None else _checks.autocast_decay(g.detach(), dtype)
     wide = _checks.state_dtype(dtype)
     for name, tensor in (("g", g), ("norm_weight", norm_weight), ("gate", gate)):
         if tensor is not None:
