@@ -50,8 +50,8 @@ def attention_decode(
     cast to the cache's dtype.
 
     Args:
-        q: ``[B, Q, H, K]`` with ``Q`` from 1 to 8, float16, bfloat16, float32 or float64, as
-            then all others are.
+        q: ``[B, Q, H, K]`` with ``Q`` from 1 to 8, float16, bfloat16, float32 or float64
+            (and then all others too).
         k: new keys ``[B, Q, Hkv, K]``, dtype of ``q`` and of the cache; ``H`` is a multiple of
             ``Hkv``.
         v: new values ``[B, Q, Hkv, V]``.

@@ -42,8 +42,8 @@ def gated_linear_attention(
     - HGRN2: ``k = -torch.expm1(g)``, which is ``1 - exp(g)``, with ``g`` ``[B, T, H, K]``.
 
     Args:
-        q: ``[B, T, H, K]``, float16, bfloat16, float32 or float64, as then all
-            others are; ``K`` up to 256.
+        q: ``[B, T, H, K]``, float16, bfloat16, float32 or float64 (and then all
+            others too); ``K`` up to 256.
         k: ``[B, T, H, K]``, dtype of ``q``.
         v: ``[B, T, H, V]``, dtype of ``q``; ``V`` up to 256, ``V != K`` allowed.
         g: log-decay, ``[B, T, H, K]`` per channel, ``[B, T, H]`` per token, ``[H]`` constant or

@@ -30,8 +30,8 @@ def gated_sdpa(
     (autograd raises then). An open gate keeps its gradient in half precision.
 
     Args:
-        q: ``[B, T, H, K]``, float16, bfloat16, float32 or float64, as then all
-            others are; ``K`` up to 256.
+        q: ``[B, T, H, K]``, float16, bfloat16, float32 or float64 (and then all
+            others too); ``K`` up to 256.
         k: ``[B, S, Hkv, K]``, dtype of ``q``; ``H`` is a multiple of ``Hkv`` and query head h
             reads KV head ``h // (H // Hkv)``.
         v: ``[B, S, Hkv, V]``, dtype of ``q``; ``V`` up to 256, ``V != K`` allowed.

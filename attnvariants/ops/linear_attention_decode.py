@@ -47,8 +47,8 @@ def linear_attention_decode(
     device, so that a CUDA graph captures it.
 
     Args:
-        q: ``[B, Q, H, K]``, float16, bfloat16, float32 or float64, as then all
-            others are; ``K`` up to 256.
+        q: ``[B, Q, H, K]``, float16, bfloat16, float32 or float64 (and then all
+            others too); ``K`` up to 256.
         k: ``[B, Q, H, K]``, dtype of ``q``.
         v: ``[B, Q, H, V]``, dtype of ``q``; ``V`` up to 256.
         g: log-decay of at most 0: ``[B, Q, H, K]`` per channel, ``[B, Q, H]`` per token, ``[H]``

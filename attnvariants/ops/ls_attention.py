@@ -30,8 +30,8 @@ def ls_attention(
     :func:`window_from_flash` converts FlashAttention's inclusive ``(left, 0)``.
 
     Args:
-        q: ``[B, T, H, K]``, float16, bfloat16, float32 or float64, as then all
-            others are; ``K`` up to 256.
+        q: ``[B, T, H, K]``, float16, bfloat16, float32 or float64 (and then all
+            others too); ``K`` up to 256.
         k: ``[B, S, Hkv, K]``, dtype of ``q``; ``H`` is a multiple of ``Hkv``.
         v: ``[B, S, Hkv, V]``, dtype of ``q``; ``V`` up to 256, ``V != K`` allowed.
         window: an int for all heads, or one int or ``None`` per KV head. It counts the visible

@@ -41,8 +41,8 @@ def norm_linear_attention(
     slopes, ``decay = -2 ** (-8 (h + 1) / H) (1 - l / (L - 1) + 1e-5)``.
 
     Args:
-        q: ``[B, T, H, K]``, float16, bfloat16, float32 or float64, as then all
-            others are; ``K`` up to 256.
+        q: ``[B, T, H, K]``, float16, bfloat16, float32 or float64 (and then all
+            others too); ``K`` up to 256.
         k: ``[B, T, H, K]``, dtype of ``q``.
         v: ``[B, T, H, V]``, dtype of ``q``; ``V`` up to 256, ``V != K`` allowed.
         feature_map: phi of ``q`` and ``k``: ``"elu+1"``, ``"elu"``, ``"relu"``, ``"silu"`` or
