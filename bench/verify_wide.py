@@ -61,7 +61,10 @@ def _of(dim: int) -> list[Case]:
             initial_state=True,
             options={"norm": "head", "return_state": True},
         ),
-        Case("gated_linear_attention", f"{name} segments", length=1100, g="channel", **half),
+        *(
+            Case("gated_linear_attention", f"{name} segments, {g}", length=1100, g=g, **half)
+            for g in ("channel", "token")  # their products take operands from other registers
+        ),
         Case(
             "gated_linear_attention",
             f"{name} per token, packed",
