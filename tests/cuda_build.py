@@ -84,6 +84,7 @@ def load_extension() -> tuple[ModuleType, ctypes.CDLL]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.modules.pop("attnvariants._C", None)  # Python enters it by itself; other tests have none
     return module, ctypes.CDLL(str(library))
 
 
