@@ -50,41 +50,35 @@ _WIDE_HEADS = tuple(
     )
     for kernel in ("linear_forward_kernel", "linear_backward_v_kernel")
 )
-_FEW_BYTES = (
-    *(
-        AcceptedSpill(
-            f"linear_{kernel}_kernel",
-            (100, 120),
-            16,
-            "float32 operands that tensor cores do not take; at most four registers too many",
-            dtypes=("float32",),
-        )
-        for kernel in ("backward_v", "backward_qk", "cotangent")
+_MAP_AND_DECAY, _BARE, _FEATURES = "elu+1, per token", "bare, per token", "K=64 V=64 all features"
+_FEW_BYTES = {
+    "float32 operands that tensor cores do not take; at most four registers too many": (
+        ("linear_backward_v_kernel", 100, 8, _FEATURES, "float32"),
+        ("linear_backward_v_kernel", 120, 16, _FEATURES, "float32"),
+        ("linear_backward_v_kernel", 100, 8, _BARE, "float32"),
+        ("linear_backward_v_kernel", 120, 8, _BARE, "float32"),
+        ("linear_backward_qk_kernel", 100, 8, _BARE, "float32"),
     ),
-    *(
-        AcceptedSpill(
-            f"linear_{kernel}_kernel",
-            (90, 120),
-            64,
-            "smaller tiles of the values would compute all scores twice as often",
-            case=f"{feature_map}, per token",
-        )
-        for kernel in ("forward", "backward_v")
-        for feature_map in ("elu+1", "silu")
+    "smaller tiles of the values would compute all scores twice as often": (
+        ("linear_backward_v_kernel", 90, 8, _MAP_AND_DECAY, "bfloat16"),
     ),
+    "tiles of half as many values spill as well": (
+        ("linear_forward_kernel", 120, 40, _MAP_AND_DECAY, "bfloat16"),
+        ("linear_forward_kernel", 120, 64, "silu, per token", "bfloat16"),
+        ("linear_backward_v_kernel", 120, 32, _MAP_AND_DECAY, "bfloat16"),
+    ),
+    "ptxas keeps to 128 or 168 registers by itself, for three or four programs at a time": (
+        ("linear_cotangent_kernel", 100, 8, _FEATURES, "float32"),
+        ("linear_backward_v_kernel", 86, 16, "linear K=64 V=64 bare", "bfloat16"),
+        ("linear_backward_qk_kernel", 120, 24, _BARE, "bfloat16"),
+    ),
+}
+ACCEPTED = (
+    *_ELEMENT_BY_ELEMENT,
+    *_WIDE_HEADS,
     *(
-        AcceptedSpill(
-            kernel,
-            (arch,),
-            24,
-            "ptxas keeps to 168 registers by itself, for three programs per multiprocessor",
-            case=case,
-            dtypes=("bfloat16",),
-        )
-        for kernel, arch, case in (
-            ("linear_backward_v_kernel", 86, "linear K=64 V=64 bare"),
-            ("linear_backward_qk_kernel", 120, "linear K=128 V=256 bare, per token"),
-        )
+        AcceptedSpill(kernel, (arch,), stack, reason, case, (dtype,))
+        for reason, spills in _FEW_BYTES.items()
+        for kernel, arch, stack, case, dtype in spills
     ),
 )
-ACCEPTED = (*_ELEMENT_BY_ELEMENT, *_WIDE_HEADS, *_FEW_BYTES)
